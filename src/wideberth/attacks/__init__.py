@@ -1,0 +1,7 @@
+"""Attacks: immutable hyper-parameters that craft, for every sample within its own radius, the worst point found."""
+
+from wideberth.attacks.base import Adversarial, Attack, Problem
+from wideberth.attacks.gradient import FGSM, PGD, ScaledStep
+from wideberth.attacks.suites import SUITES, suite
+
+__all__ = ["FGSM", "PGD", "SUITES", "Adversarial", "Attack", "Problem", "ScaledStep", "suite"]

@@ -1,0 +1,124 @@
+"""Per-sample losses on logits: each maps logits (B, K) and labels (B,) int64 to (B,), higher = more wrong.
+
+The same functions train, attack and measure. They are plain callables, so an attack's `loss` is any of them or the
+user's own. Nothing here reduces over the batch: the one `mean` stands at the end of the training loop. Inside an
+attack the losses are summed, so that row i of the gradient belongs to sample i alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wideberth.checks import InputError
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(logits (B, K), labels (B,)) -> (B,), to be increased by an attack."""
+
+_TINY = 1e-12
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy to the label, (B,) >= 0."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def kl_divergence(clean_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(clean) || softmax(logits)), (B,) >= 0, differentiable in both arguments (TRADES, MART).
+
+    Written on log-probabilities, so that an exact zero in either distribution gives no NaN.
+    """
+    clean = F.log_softmax(clean_logits, dim=1)
+    return (clean.exp() * (clean - F.log_softmax(logits, dim=1))).sum(1)
+
+
+def _others(logits: Tensor, y: Tensor) -> Tensor:
+    """The logits with the label's own at minus infinity, (B, K)."""
+    return logits.scatter(1, y[:, None], float("-inf"))
+
+
+def _at(values: Tensor, y: Tensor) -> Tensor:
+    return values.gather(1, y[:, None]).squeeze(1)
+
+
+def logit_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Logit of the label minus the largest other, (B,): positive exactly where the label is predicted."""
+    return _at(logits, y) - _others(logits, y).amax(1)
+
+
+def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Minus the logit margin, (B,): positive exactly where misclassified (Carlini and Wagner's loss)."""
+    return -logit_margin(logits, y)
+
+
+def soft_margin_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Log-sum-exp of the other logits minus the label's, (B,): the smooth margin of MMA training, >= `margin_loss`."""
+    return _others(logits, y).logsumexp(1) - _at(logits, y)
+
+
+def probability_margin_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Largest other probability minus the label's, (B,) in [-1, 1] (the probability margin attack; MAIL's PM)."""
+    return margin_loss(logits.softmax(1), y)
+
+
+def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio (Croce and Hein 2020), (B,): scale-free margin over the spread of the top three.
+
+    Raises:
+        InputError: with fewer than 3 classes, where the ratio is not defined.
+    """
+    if logits.shape[1] < 3:
+        raise InputError(
+            f"dlr_loss: needs at least 3 classes, the model has {logits.shape[1]}; use margin_loss"
+        )
+    top = logits.topk(3, dim=1).values
+    return margin_loss(logits, y) / (top[:, 0] - top[:, 2] + _TINY)
+
+
+class Targeted:
+    """Losses towards a target class: higher = closer to being taken for `target`.
+
+    Each has the signature of a `Loss`, with the target (B,) bound beforehand: `Targeted(target).cross_entropy`.
+    """
+
+    def __init__(self, target: Tensor) -> None:
+        self.target = target
+
+    def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Log-probability of the target, (B,)."""
+        del y  # the target alone matters; the signature is that of every loss
+        return -cross_entropy(logits, self.target)
+
+    def margin_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Logit of the target minus the label's, (B,)."""
+        return _at(logits, self.target) - _at(logits, y)
+
+    def dlr_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Targeted difference of logits ratio (Croce and Hein 2020), (B,).
+
+        Raises:
+            InputError: with fewer than 4 classes, where the ratio is not defined.
+        """
+        if logits.shape[1] < 4:
+            raise InputError(f"targeted dlr_loss: needs at least 4 classes, the model has {logits.shape[1]}")
+        top = logits.topk(4, dim=1).values
+        spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _TINY
+        return self.margin_loss(logits, y) / spread
+
+
+def misclassified(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether the label is not the predicted class, (B,) bool; a tie for first place counts as misclassified.
+
+    `argmax` would give a tie to the lower index, so that a model with constant logits looked fully robust on
+    class 0; a verdict must not hang on that.
+    """
+    return ~(logit_margin(logits, y) > 0)
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """The predicted class, (B,) int64."""
+    return torch.argmax(logits, dim=1)

@@ -1,0 +1,116 @@
+"""Parts that the networks share: normalisation inside the model, activations by name, refusals of bad shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from wideberth.checks import InputError, at_least
+from wideberth.models.paths import call, import_object, parse_call
+
+Activation: TypeAlias = str | Callable[[], nn.Module]
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    # The slope of the challenge nets of Madry et al. (2018) and of the nets of the EMR paper; torch's own is 0.01.
+    "leaky_relu": lambda: nn.LeakyReLU(0.1),
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "gelu": nn.GELU,
+    "elu": nn.ELU,
+    "tanh": nn.Tanh,
+}
+
+
+class Normalize(nn.Module):
+    """Subtract a mean and divide by a standard deviation per channel, so that radii stay in the units of the input.
+
+    Both are buffers and travel with the weights: weights trained behind another normalisation do not load silently.
+
+    Args:
+        mean: one number per channel, or a single one for all channels.
+        std: likewise, each > 0.
+
+    Input and output: (B, C, ...) of any rank >= 2 and any floating dtype, which is kept.
+
+    Raises:
+        InputError: when lengths differ or a deviation is not positive; in the forward, when the channels do not match.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if not mean or len(mean) != len(std) or not all(s > 0 for s in std):
+            raise InputError(
+                f"mean={tuple(mean)}, std={tuple(std)}: must be one mean and one deviation > 0 per channel"
+            )
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.get_default_dtype()))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.get_default_dtype()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = len(self.mean)
+        # Broadcasting would quietly turn a grey image into three channels.
+        if channels not in (1, x.shape[1]):
+            raise InputError(f"inputs of shape {tuple(x.shape)}: the model normalises {channels} channels")
+        per_channel = (1, channels) + (1,) * (x.dim() - 2)
+        return (x - self.mean.to(x.dtype).view(per_channel)) / self.std.to(x.dtype).view(per_channel)
+
+    def extra_repr(self) -> str:
+        return f"mean={tuple(self.mean.tolist())}, std={tuple(self.std.tolist())}"
+
+
+def activation(name: Activation) -> nn.Module:
+    """A new activation layer, never in place: penalties on input gradients differentiate through it twice.
+
+    Args:
+        name: "relu", "leaky_relu" (slope 0.1), "silu", "softplus", "gelu", "elu" or "tanh"; an import path, with
+            arguments where needed, such as "torch.nn.Softplus(beta=10)"; or a callable that returns a layer.
+
+    Raises:
+        InputError: when the name is unknown or does not lead to an `nn.Module`.
+    """
+    if isinstance(name, str):
+        if name in ACTIVATIONS:
+            return ACTIVATIONS[name]()
+        path, args, kwargs = parse_call(name)
+        if "." not in path:
+            raise InputError(
+                f"activation={name!r}: accepted are {', '.join(ACTIVATIONS)}, "
+                "or an import path such as torch.nn.Softplus(beta=10)"
+            )
+        layer = call(import_object(path), path, *args, **kwargs)
+    else:
+        layer = call(name, f"activation {name!r}")
+    if not isinstance(layer, nn.Module):
+        raise InputError(f"activation={name!r}: must give an nn.Module, gave {type(layer).__name__}")
+    if "inplace" in vars(layer):
+        vars(layer)["inplace"] = False
+    return layer
+
+
+def normalization(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> nn.Module:
+    """`Normalize` for this many channels, or the identity when neither mean nor std is given.
+
+    Raises:
+        InputError: when only one is given, or their length is neither 1 nor `channels`.
+    """
+    if mean is None and std is None:
+        return nn.Identity()
+    if mean is None or std is None:
+        raise InputError(f"mean={mean}, std={std}: give both or neither")
+    if len(mean) not in (1, channels):
+        raise InputError(f"mean={tuple(mean)}: must hold one number per channel, {channels} here")
+    return Normalize(mean, std)
+
+
+def valid_shape(shape: Sequence[int], classes: int, *, image: bool = False) -> None:
+    """Refuse shapes that are not sizes of one input (of one image), and fewer than 2 classes (`InputError`)."""
+    at_least("classes", classes, 2)
+    if not shape or any(size < 1 for size in shape) or (image and len(shape) != 3):
+        accepted = "(channels, height, width)" if image else "the positive sizes of one input"
+        raise InputError(f"shape={tuple(shape)}: must be {accepted}")

@@ -1,0 +1,18 @@
+"""Figures, tables and the HTML report: what people read. Made from the records of runs, never from models."""
+
+from wideberth.reports.figures import extremes, margin_distribution, radius_histogram, trade_off, training_curves
+from wideberth.reports.html import write_report
+from wideberth.reports.records import NoRecords
+from wideberth.reports.tables import comparison, render
+
+__all__ = [
+    "NoRecords",
+    "comparison",
+    "extremes",
+    "margin_distribution",
+    "radius_histogram",
+    "render",
+    "trade_off",
+    "training_curves",
+    "write_report",
+]

@@ -1,0 +1,331 @@
+"""The report: one HTML file that opens offline, from the records of one run or of many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from wideberth.checks import InputError
+from wideberth.reports import figures
+from wideberth.reports.records import (
+    NORMS,
+    NoRecords,
+    config_of,
+    figures_text,
+    labels,
+    last,
+    number,
+    shared_and_differing,
+    size_text,
+    value_text,
+)
+from wideberth.reports.style import data_uri, look
+from wideberth.reports.tables import PROTOCOL, comparison, printed
+from wideberth.runs import Run, write_atomically
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure inside the page; width and height are in CSS pixels."""
+
+    source: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+    title: str = ""
+
+    @property
+    def wide(self) -> bool:
+        """Whether it needs the full width of the page."""
+        return self.width > 520
+
+
+@dataclass
+class Section:
+    """One heading with what stands under it; a section without pictures and notes is left out."""
+
+    anchor: str
+    title: str
+    lead: str
+    pictures: list[Picture] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, draw: Callable[[], Figure], alt: str, caption: str, title: str = "") -> None:
+        """Draw a figure into the section, unless the runs hold no records for it."""
+        try:
+            figure = draw()
+        except NoRecords:
+            return
+        width, height = (round(96 * inches) for inches in figure.get_size_inches())
+        self.pictures.append(Picture(data_uri(figure), width, height, alt, caption, title))
+
+
+def write_report(runs: Sequence[Run], out: Path, title: str | None = None) -> Path:
+    """Write one self-contained HTML page about the runs: what was measured, how they compare, and why.
+
+    Sections that no run has records for are left out.
+
+    Args:
+        runs: at least one; the order is kept, and gives each run its colour.
+        out: the file to write.
+        title: heading of the page; by default the name of the run, or how many are compared.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: when there are no runs, or `out` is a directory.
+    """
+    if not runs:
+        raise InputError("runs=[]: a report needs at least one run")
+    if out.is_dir():
+        raise InputError(f"out={str(out)!r} is a directory: name the file to write, such as report.html in it")
+    names = labels(runs)
+    table = comparison(runs)
+    columns, rows = printed(table)
+    environment = Environment(
+        loader=PackageLoader("wideberth.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=title or (names[0] if len(runs) == 1 else f"{len(runs)} runs compared"),
+        headline=headline(runs, table),
+        columns=columns,
+        rows=list(zip([look(position).colour for position in range(len(runs))], rows, strict=True)),
+        comparable=len(_protocols(table)) < 2,
+        sections=[section for section in _sections(runs, names, table) if section.pictures or section.notes],
+        names=names,
+        attacks=_line_ups(runs, names),
+        protocol=shared_and_differing([_protocol_facts(run) for run in runs]),
+        differences=shared_and_differing([_config_facts(run) for run in runs])[1] if len(runs) > 1 else {},
+        configurations=[
+            (name, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            for name, run in zip(names, runs, strict=True)
+            if (config := config_of(run))
+        ],
+    )
+    write_atomically(out, lambda path: path.write_text(page, encoding="utf-8") and None)
+    return out
+
+
+def headline(runs: Sequence[Run], table: pd.DataFrame) -> str:
+    """The page's first sentences: the finding, and what exactly was measured."""
+    protocols = _protocols(table)
+    judged = table[table["robust_accuracy"].notna()]
+    if not len(judged):
+        return "Not evaluated yet: this page shows the records of training only."
+    if len(protocols) > 1:
+        return (
+            f"{len(judged)} runs, judged by {len(protocols)} different protocols: "
+            "compare only rows that were judged alike."
+        )
+    best = judged.loc[judged["robust_accuracy"].idxmax()]
+    verdict = next(e for run in runs if (e := run.evaluation) is not None)
+    many = len(judged) > 1
+    finding = (
+        f"{best['name']} is the most robust of {len(judged)} runs: it classifies" if many else "This model classifies"
+    )
+    robust = f"{100 * best['robust_accuracy']:.1f} %"
+    if math.isfinite(best["robust_low"]):
+        level = number(verdict.get("confidence"))
+        sure = f"{100 * level:.3g} % " if math.isfinite(level) else ""
+        robust += f" ({sure}interval {100 * best['robust_low']:.1f} to {100 * best['robust_high']:.1f})"
+    clean = "" if math.isnan(best["clean_accuracy"]) else f", and {100 * best['clean_accuracy']:.1f} % without any"
+    return f"{finding} {robust} of {_samples(verdict)} correctly under {_threat(verdict)}{clean}."
+
+
+def _samples(verdict: dict[str, Any]) -> str:
+    count = f"{n:,.0f} " if math.isfinite(n := number(verdict.get("n"))) else "the "
+    split = f"{verdict['split']} " if verdict.get("split") else ""
+    return f"{count}{split}samples" + (f" of {verdict['data']}" if verdict.get("data") else "")
+
+
+def _threat(verdict: dict[str, Any]) -> str:
+    norm, eps = verdict.get("norm"), number(verdict.get("eps"))
+    size = f" of {NORMS.get(str(norm), norm)} size up to {size_text(eps)}" if norm and math.isfinite(eps) else ""
+    attacks = [str(attack.get("name")) for attack in verdict.get("attacks") or ()]
+    suite = f"the {verdict['suite']} suite" if verdict.get("suite") else ""
+    line_up = f"{suite} ({', '.join(attacks)})" if suite and attacks else suite or ", ".join(attacks)
+    return f"adversarial perturbations{size}" + (f", searched by {line_up}" if line_up else "")
+
+
+def _protocols(table: pd.DataFrame) -> set[tuple[str, ...]]:
+    """The different ways in which the runs were judged."""
+    judged = table[table["robust_accuracy"].notna()]
+    return set(judged[list(PROTOCOL)].astype(str).itertuples(index=False, name=None))
+
+
+def _sections(runs: Sequence[Run], names: Sequence[str], table: pd.DataFrame) -> Iterator[Section]:
+    yield _result(runs, table)
+    yield _margins(runs, names, table)
+    yield _radii(runs, names)
+    yield _samples_section(runs, names)
+    yield _training(runs, names)
+
+
+def _result(runs: Sequence[Run], table: pd.DataFrame) -> Section:
+    section = Section("trade-off", "Accuracy against robustness", "What robustness costs on clean data.")
+    judged = table[table["robust_accuracy"].notna() & table["clean_accuracy"].notna()]
+    if len(judged) > 1:
+        listed = "; ".join(
+            f"{row.name} {100 * row.clean_accuracy:.1f} % clean, {100 * row.robust_accuracy:.1f} % robust"
+            for row in judged.rename(columns={"name": "run"}).assign(name=judged["name"]).itertuples(index=False)
+        )
+        section.add(
+            lambda: figures.trade_off(runs),
+            alt=f"Scatter plot of clean against robust accuracy. {listed}.",
+            caption="Up and to the right is better. Bars are the intervals of the table: "
+            "runs whose bars overlap are not told apart by this many samples.",
+        )
+    return section
+
+
+def _margins(runs: Sequence[Run], names: Sequence[str], table: pd.DataFrame) -> Section:
+    section = Section(
+        "margins",
+        "Effective margin and weight norm",
+        "The effective margin is the logit margin over the norm of its gradient: how far, to first order, an input is "
+        "from the decision boundary. Scaling the logits leaves it alone, and shows in the effective weight norm.",
+    )
+    medians = "; ".join(
+        f"{name} {figures_text(value)}"
+        for name, value in zip(names, table["effective_margin"], strict=True)
+        if math.isfinite(value)
+    )
+    section.add(
+        lambda: figures.margin_distribution(runs),
+        alt=f"Share of samples by least effective margin. Medians in input units: {medians or 'not recorded'}.",
+        caption="Share of evaluated samples whose margin is at least the value below. At 0 a curve stands at the clean "
+        "accuracy; what is left of it at the dashed radius is what a linear model of the network calls robust.",
+        title="Margins of the evaluated samples",
+    )
+    for column, title, caption in (
+        (
+            "effective_margin",
+            "Margin over training",
+            "Median over a fixed probe. A margin that rises while the loss falls is gained by moving the boundary, "
+            "not by scaling the logits.",
+        ),
+        (
+            "effective_weight_norm",
+            "Weight norm over training",
+            "Median over a fixed probe, on a log scale. Growth means the loss was lowered by sharper logits: "
+            "the same margin in the logits then protects less of the input space.",
+        ),
+    ):
+        _add_curves(section, runs, names, column, title, caption)
+    return section
+
+
+def _radii(runs: Sequence[Run], names: Sequence[str]) -> Section:
+    section = Section(
+        "radii", "Learned radii", "How far training moved each sample: the radius adapts to what the sample can bear."
+    )
+    for run, name in zip(runs, names, strict=True):
+        middle = last(run.metrics, "radius_q50")
+        end = f" The final median is {figures_text(middle)} in input units." if math.isfinite(middle) else ""
+        section.add(
+            lambda run=run: figures.radius_histogram(run),  # type: ignore[misc]  # the default binds this run
+            alt=f"Histogram of the radii of the training samples of {name}, over training and at its end.{end}",
+            caption="Darker cells hold more samples; the lines are the median and the quartiles. "
+            "On the right, the radii that training ended with.",
+            title=name,
+        )
+    return section
+
+
+def _samples_section(runs: Sequence[Run], names: Sequence[str]) -> Section:
+    section = Section(
+        "extremes",
+        "Samples at both ends",
+        "Small radii gather samples that look like another class, or that carry a wrong label; large radii, samples "
+        "that are easy to tell.",
+    )
+    for run, name in zip(runs, names, strict=True):
+        try:
+            figures.extremes(run)
+        except NoRecords as reason:
+            if run.extremes is not None:
+                section.notes.append(str(reason))
+            continue
+        section.add(
+            lambda run=run: figures.extremes(run),  # type: ignore[misc]  # the default binds this run
+            alt=f"Training samples of {name} with the smallest and with the largest radii.",
+            caption="Label and radius stand above each training sample. Look for wrong labels in the upper rows.",
+            title=name,
+        )
+    return section
+
+
+def _training(runs: Sequence[Run], names: Sequence[str]) -> Section:
+    section = Section("training", "Training", "How the runs came about.")
+    for column, title, caption in (
+        ("loss", "Training loss", "Means over each epoch, of each run's own objective: compare shapes, not heights."),
+        ("validation_clean", "Clean validation accuracy", "Accuracy on held-out samples as they are."),
+        (
+            "validation_robust",
+            "Robust validation accuracy",
+            "Accuracy on held-out samples under a short attack. A late fall is robust overfitting.",
+        ),
+    ):
+        _add_curves(section, runs, names, column, title, caption)
+    return section
+
+
+def _add_curves(
+    section: Section, runs: Sequence[Run], names: Sequence[str], column: str, title: str, caption: str
+) -> None:
+    ends = "; ".join(
+        f"{name} {figures_text(value)}"
+        for name, run in zip(names, runs, strict=True)
+        if math.isfinite(value := last(run.metrics, column))
+    )
+    section.add(
+        lambda: figures.training_curves(runs, column),
+        alt=f"{title} by epoch. Final values: {ends}.",
+        caption=caption,
+        title=title,
+    )
+
+
+def _line_ups(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Names of the attacks, and per run the accuracy in percent that was left after each."""
+    left = {
+        name: {
+            str(attack.get("name")): figures_text(100 * number(attack.get("robust_accuracy")))
+            for attack in (run.evaluation or {}).get("attacks") or ()
+        }
+        for name, run in zip(names, runs, strict=True)
+    }
+    attacks = list(dict.fromkeys(attack for found in left.values() for attack in found))
+    return attacks, [(name, [found.get(attack, "–") for attack in attacks]) for name, found in left.items() if found]
+
+
+def _protocol_facts(run: Run) -> dict[str, str]:
+    verdict = run.evaluation
+    if verdict is None:
+        return {}
+    known = (*PROTOCOL, "confidence", "evaluations_per_sample", "seed")
+    facts = {key.replace("_", " "): value_text(verdict[key]) for key in known if verdict.get(key) is not None}
+    if "norm" in facts:
+        facts["norm"] = NORMS.get(facts["norm"], facts["norm"])
+    versions = verdict.get("versions")
+    if isinstance(versions, dict):
+        facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return facts
+
+
+def _config_facts(run: Run) -> dict[str, str]:
+    return {str(key): value_text(value) for key, value in config_of(run).items() if key != "name"}

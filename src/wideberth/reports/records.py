@@ -1,0 +1,159 @@
+"""What reports read out of runs: names, units and numbers as people write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from wideberth.checks import InputError
+from wideberth.runs import Run
+
+NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
+
+
+class NoRecords(InputError):
+    """The runs hold nothing to show here; the message says which record is missing."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A readable unit for distances in input space: multiply by `scale`, and say `name`."""
+
+    scale: float
+    name: str
+
+
+INPUT_UNITS = Unit(1.0, "input units")
+PIXEL_STEPS = Unit(255.0, "1/255")
+
+
+def unit(norm: object, sizes: Iterable[float]) -> Unit:
+    """The unit in which distances of these sizes read well: 1/255 for small linf radii, else input units."""
+    known = [size for size in sizes if math.isfinite(size)]
+    small = bool(known) and max(known) < 0.1
+    return PIXEL_STEPS if norm == "linf" and small else INPUT_UNITS
+
+
+def unit_of(runs: Sequence[Run]) -> Unit:
+    """The one unit that suits the evaluations of all runs."""
+    judged = [evaluation for run in runs if (evaluation := run.evaluation) is not None]
+    norms = {evaluation.get("norm") for evaluation in judged}
+    return unit(norms.pop() if len(norms) == 1 else None, (number(e.get("eps")) for e in judged))
+
+
+def number(value: object) -> float:
+    """The value as a float; NaN where it is absent or no number."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def config_of(run: Run) -> dict[str, Any]:
+    """The resolved configuration, empty where the run has none."""
+    try:
+        return run.config
+    except InputError:
+        return {}
+
+
+def norm_of(run: Run) -> object:
+    """The norm the run was judged in, else the one it was trained in, else None."""
+    attack = config_of(run).get("attack")
+    arguments = attack.get("init_args") if isinstance(attack, dict) else None
+    trained = arguments.get("norm") if isinstance(arguments, dict) else None
+    return (run.evaluation or {}).get("norm", trained)
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """One printable name per run, all different.
+
+    The configured name where these are distinct; else the directory's name, with its parent, with its whole path;
+    and a number where one directory is given twice.
+    """
+    namings = (
+        [str(config_of(run).get("name") or run.name) for run in runs],
+        [run.name for run in runs],
+        ["/".join(run.path.resolve().parts[-2:]) for run in runs],
+        [str(run.path.resolve()) for run in runs],
+        [f"{run.name} ({position})" for position, run in enumerate(runs, start=1)],
+    )
+    printable = (["".join(c if c.isprintable() else "\ufffd" for c in name) for name in names] for names in namings)
+    return next(names for names in printable if len(set(names)) == len(names))
+
+
+def shortened(name: str, limit: int = 30) -> str:
+    """The name with its middle left out where it is too long for a figure: the ends tell runs apart."""
+    tail = limit // 3
+    return name if len(name) <= limit else f"{name[: limit - tail - 1]}…{name[-tail:]}"
+
+
+def size_text(value: float) -> str:
+    """A number as a paper prints it: 8/255 where it is such a fraction (up to 32/255), else four digits."""
+    steps = value * 255
+    whole = round(steps) if math.isfinite(steps) else 0
+    if 1 <= whole <= 32 and math.isclose(steps, whole, rel_tol=1e-5):
+        return f"{whole}/255"
+    return f"{value:.4g}"
+
+
+def figures_text(value: float) -> str:
+    """A number to three figures, or whole from a thousand on; "–" where it is not finite."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in its two largest units: "42 s", "3 min 20 s", "5 h 12 min"."""
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def value_text(value: object) -> str:
+    """A configured value on one line: components read as calls, `EffectiveMargin(weight=0.02)`."""
+    match value:
+        case {"class_path": str(path), **rest}:
+            arguments = rest.get("init_args")
+            inside = _pairs(arguments) if isinstance(arguments, dict) else ""
+            return path.rpartition(".")[2] + (f"({inside})" if inside else "")
+        case dict():
+            return _pairs(value) or "–"
+        case list() | tuple():
+            return ", ".join(map(value_text, value)) or "–"
+        case None:
+            return "–"
+        case float():
+            return size_text(value)
+        case _:
+            return str(value)
+
+
+def _pairs(mapping: dict[Any, Any]) -> str:
+    return ", ".join(f"{key}={value_text(value)}" for key, value in mapping.items())
+
+
+def shared_and_differing(
+    facts: Sequence[dict[str, str]],
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Split one mapping per run into what all agree on and, per key, the values that differ ("–" where absent)."""
+    keys = dict.fromkeys(key for fact in facts for key in fact)
+    values = {key: [fact.get(key, "–") for fact in facts] for key in keys}
+    shared = {key: found[0] for key, found in values.items() if len(set(found)) == 1}
+    return shared, {key: found for key, found in values.items() if key not in shared}
+
+
+def last(table: pd.DataFrame | None, column: str) -> float:
+    """The last finite value of a column; NaN where there is none."""
+    if table is None or column not in table:
+        return math.nan
+    found = pd.to_numeric(table[column], errors="coerce").dropna()
+    return float(found.iloc[-1]) if len(found) else math.nan

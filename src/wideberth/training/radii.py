@@ -1,0 +1,186 @@
+"""Radius policies: how far may each of these inputs be moved?
+
+A policy is a module, so that what it remembers per sample lies in buffers: on the model's device, in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from wideberth import checks, losses
+from wideberth.training.schedules import Schedule, not_negative, value_at
+from wideberth.training.step import Step
+
+
+class Radius(nn.Module, ABC):
+    """How far each input may be moved; a new policy is one subclass with a `propose`."""
+
+    radii: Tensor
+    """(N,) radius per data-set index, for policies that remember one; empty for those that do not."""
+
+    needs_adversary = False
+    """Whether the policy learns from the logits at the adversarial point, which not every objective computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("radii", torch.zeros(0))
+
+    def allocate(self, size: int) -> None:
+        """Make room for what is remembered about `size` samples; called once, before training."""
+
+    @abstractmethod
+    def propose(self, step: Step) -> Tensor:
+        """The radius of each sample of the batch, (B,) >= 0."""
+
+    def observe(self, step: Step, adversarial_logits: Tensor) -> None:
+        """Learn from the logits (B, K) at the adversarial points, which the objective has computed anyway."""
+
+    def nominal(self) -> float:
+        """The radius that the run is judged at while it trains."""
+        return 0.0
+
+
+class Zero(Radius):
+    """No perturbation: standard training."""
+
+    def propose(self, step: Step) -> Tensor:
+        """Zeros, (B,)."""
+        return torch.zeros(len(step.y), device=step.x.device)
+
+
+class Fixed(Radius):
+    """The same radius for every sample (Madry et al. 2018), with an optional linear ramp from 0.
+
+    Args:
+        eps: the radius, in units of the input, or a `Schedule` of the epoch.
+        warmup: epochs over which it rises linearly from 0 to `eps`.
+    """
+
+    def __init__(self, eps: float | Schedule = 8 / 255, warmup: float = 0) -> None:
+        super().__init__()
+        not_negative("eps", eps)
+        checks.at_least("warmup", warmup, 0)
+        self.eps, self.warmup = eps, warmup
+
+    def propose(self, step: Step) -> Tensor:
+        """The radius of the moment, (B,)."""
+        ramp = min(1.0, step.progress / self.warmup) if self.warmup else 1.0
+        return torch.full((len(step.y),), ramp * value_at(self.eps, step.progress), device=step.x.device)
+
+    def nominal(self) -> float:
+        """The final radius."""
+        return value_at(self.eps, float("inf"))
+
+
+def simple_update(radius: Tensor, broken: Tensor, gamma: float) -> Tensor:
+    """The simple rule of IAAT: radius + gamma where the attack failed, - gamma where it broke the sample, >= 0."""
+    return (radius + torch.where(broken, -gamma, gamma)).clamp_min(0)
+
+
+def lookahead_update(radius: Tensor, holds_now: Tensor, holds_further: Tensor, gamma: float, beta: float) -> Tensor:
+    """The authors' three-way rule of IAAT, smoothed: (1 - beta) * radius + beta * the radius that held, (B,).
+
+    What held is radius + gamma if the sample stood there, else radius if it stood there, else radius - gamma, which
+    is accepted without being tried; never below 0.
+    """
+    target = torch.where(holds_further, radius + gamma, torch.where(holds_now, radius, radius - gamma))
+    return torch.lerp(radius, target.clamp_min(0), beta)
+
+
+class InstanceAdaptive(Radius):
+    """Instance-adaptive radii (IAAT; Balaji, Goldstein and Hoffman 2019): each sample has its own, and it moves.
+
+    A radius grows while attacks at it fail and shrinks when they succeed, so that samples near the boundary of their
+    class are trained at small radii and clear ones at large radii.
+
+    Args:
+        eps: the radius of every sample in the first `warmup` epochs, and where it starts from afterwards.
+        rule: "simple": one attack a step; +-`gamma` on whether the objective's own forward at the adversarial point
+            was wrong. "lookahead": the authors' code; two more attacks, at the radius and at radius + `gamma`, and a
+            step of `beta` towards the largest that held. It is to be run with their per-sample step size,
+            `attack.step_size = ScaledStep(2, floor=2/255)`.
+        gamma: how far a radius may move at a visit (times `beta` for lookahead), in units of the input.
+        beta: the share of the new value in the moving average (lookahead; and "decay").
+        warmup: epochs at the uniform radius.
+        maximum: upper limit of a radius; None: the box is limit enough.
+        misclassified: what becomes of a sample whose *clean* input is wrong. "clean": as Algorithm 1 of the paper
+            says, it is trained on the clean input, and its radius moves as after a successful attack. "decay": as the
+            authors' code does, its radius shrinks by the factor 1 - `beta` and it is attacked at that; in the
+            warm-up it is 0.
+
+    What we do differently: the paper does not say how a radius starts; with "clean" it starts at `eps`, also for
+    samples misclassified in the warm-up (with "decay" those start at 0, as in the authors' code). The authors judge
+    all this in train mode, which moves batch-norm statistics 34 times a step; we judge in the attack's mode.
+    """
+
+    needs_adversary = True
+
+    def __init__(
+        self,
+        eps: float = 8 / 255,
+        rule: Literal["simple", "lookahead"] = "simple",
+        gamma: float = 1.9 / 255,
+        beta: float = 0.1,
+        warmup: int = 10,
+        maximum: float | None = None,
+        misclassified: Literal["clean", "decay"] = "clean",
+    ) -> None:
+        super().__init__()
+        checks.choice("rule", rule, ("simple", "lookahead"))
+        checks.choice("misclassified", misclassified, ("clean", "decay"))
+        for name, value in (("eps", eps), ("gamma", gamma), ("beta", beta), ("warmup", warmup), ("maximum", maximum)):
+            if value is not None:
+                checks.at_least(name, value, 0)
+        if beta > 1:
+            raise checks.InputError(f"beta={beta}: a share, must be in [0, 1]")
+        self.eps, self.rule, self.gamma, self.beta = eps, rule, gamma, beta
+        self.warmup, self.maximum, self.misclassified = warmup, maximum, misclassified
+
+    def allocate(self, size: int) -> None:
+        """One radius per sample, all at `eps`."""
+        self.radii = torch.full((size,), float(self.eps), device=self.radii.device)
+
+    def nominal(self) -> float:
+        """The radius of the warm-up."""
+        return self.eps
+
+    def propose(self, step: Step) -> Tensor:
+        """The radius of each sample of the batch, (B,); with the lookahead rule, after the memory was moved."""
+        correct, clean = step.correct, self.misclassified == "clean"
+        if step.epoch < self.warmup:
+            uniform = torch.full_like(self.radii[step.index], self.eps)
+            eps = torch.where(correct, uniform, 0)
+            if not clean:
+                self.radii[step.index] = eps
+            return eps
+        radius = self.radii[step.index]
+        moved = self._lookahead(step, radius) if self.rule == "lookahead" else radius
+        if not clean:
+            moved = torch.where(correct, moved, (1 - self.beta) * radius)
+        self._remember(step, moved)
+        return torch.where(correct, self.radii[step.index], 0) if clean else self.radii[step.index]
+
+    def observe(self, step: Step, adversarial_logits: Tensor) -> None:
+        """The simple rule: shrink where the objective's forward was wrong, grow where it was right."""
+        if self.rule != "simple" or step.epoch < self.warmup:
+            return
+        radius = self.radii[step.index]
+        broken = losses.misclassified(adversarial_logits.detach(), step.y) | ~step.correct
+        moved = simple_update(radius, broken, self.gamma)
+        if self.misclassified == "decay":  # those have moved in `propose`
+            moved = torch.where(step.correct, moved, radius)
+        self._remember(step, moved)
+
+    def _lookahead(self, step: Step, radius: Tensor) -> Tensor:
+        now = step.attack(radius, "lookahead now", judge=True).success
+        further = step.attack(radius + self.gamma, "lookahead further", judge=True).success
+        assert now is not None
+        assert further is not None
+        return lookahead_update(radius, ~now, ~further, self.gamma, self.beta)
+
+    def _remember(self, step: Step, radius: Tensor) -> None:
+        self.radii[step.index] = radius if self.maximum is None else radius.clamp_max(self.maximum)

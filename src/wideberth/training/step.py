@@ -1,0 +1,63 @@
+"""One batch on its way through the flow, as the policies see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from wideberth import losses
+from wideberth.attacks.base import Adversarial, Problem
+from wideberth.losses import Loss
+from wideberth.modes import Mode, borrowed
+from wideberth.randomness import Noise
+
+Craft = Callable[[nn.Module, Problem, Loss | None, bool], Adversarial]
+
+
+@dataclass
+class Step:
+    """One training batch: what it holds, when it is, and what may be asked about it.
+
+    Attributes:
+        model: the network, in train mode.
+        x: (B, ...) augmented inputs in the box.
+        y: (B,) int64 labels.
+        index: (B,) int64, each row's place in the data set.
+        epoch: 0-based; `progress` adds the fraction of the epoch that is over.
+        noise: one random stream per row, of this epoch.
+        attack_mode: the mode in which the model is attacked and its clean prediction read.
+        craft: the training attack.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    epoch: int
+    progress: float
+    noise: Noise
+    attack_mode: Mode
+    craft: Craft
+    attack_loss: Loss | None = field(default=None)
+
+    @cached_property
+    def clean_logits(self) -> Tensor:
+        """Logits (B, K) on the clean inputs in the attack's mode, without gradient: one forward, shared by all."""
+        with borrowed(self.model, self.attack_mode), torch.no_grad():
+            logits: Tensor = self.model(self.x)
+        return logits
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether the clean input is classified correctly, (B,) bool."""
+        return ~losses.misclassified(self.clean_logits, self.y)
+
+    def attack(self, eps: Tensor, purpose: str = "attack", *, judge: bool = False) -> Adversarial:
+        """The training attack within `eps` (B,), on noise of its own for each purpose."""
+        problem = Problem(self.x, self.y, eps, self.noise.fold(purpose))
+        with borrowed(self.model, self.attack_mode):
+            return self.craft(self.model, problem, self.attack_loss, judge)
