@@ -52,9 +52,7 @@ def valid_eps(eps: float | Tensor, batch: int) -> None:
                 f"eps of shape {tuple(eps.shape)}: must be a number or one radius per sample, shape ({batch},)"
             )
         if not bool(((eps >= 0) & torch.isfinite(eps)).all()):
-            raise InputError(
-                "eps holds a negative or non-finite radius: every radius must be finite and >= 0"
-            )
+            raise InputError("eps holds a negative or non-finite radius: every radius must be finite and >= 0")
     elif not isinstance(eps, Real) or not 0 <= float(eps) < float("inf"):
         raise InputError(f"eps={eps!r}: must be a finite number >= 0, or a tensor of shape ({batch},)")
 

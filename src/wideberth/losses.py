@@ -72,9 +72,7 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
         InputError: with fewer than 3 classes, where the ratio is not defined.
     """
     if logits.shape[1] < 3:
-        raise InputError(
-            f"dlr_loss: needs at least 3 classes, the model has {logits.shape[1]}; use margin_loss"
-        )
+        raise InputError(f"dlr_loss: needs at least 3 classes, the model has {logits.shape[1]}; use margin_loss")
     top = logits.topk(3, dim=1).values
     return margin_loss(logits, y) / (top[:, 0] - top[:, 2] + _TINY)
 

@@ -75,9 +75,7 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> tuple[
         logits = model(point)
         values = loss(logits, y)
         if not values.requires_grad:
-            raise InputError(
-                "the model's output carries no gradient to its input: gradient attacks cannot run"
-            )
+            raise InputError("the model's output carries no gradient to its input: gradient attacks cannot run")
         # Summed, not averaged: row i of the gradient belongs to sample i alone.
         (gradient,) = torch.autograd.grad(values.sum(), point, materialize_grads=True)
     return logits.detach(), values.detach(), gradient
@@ -101,9 +99,7 @@ class Attack(ABC):
         checks.valid_box(self.box)
 
     @abstractmethod
-    def craft(
-        self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True
-    ) -> Adversarial:
+    def craft(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> Adversarial:
         """The attack itself, on a model whose mode and gradient flags are as they should be.
 
         A fixed number of steps, no host synchronisation and no data-dependent shapes with `judge=False`: this is what

@@ -81,9 +81,7 @@ class PGD(Attack):
         if isinstance(self.step_size, int | float):
             checks.at_least("step_size", self.step_size, 0)
 
-    def craft(
-        self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True
-    ) -> Adversarial:
+    def craft(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> Adversarial:
         """Run all restarts; see `Attack.craft`."""
         found = self._run(model, problem, loss, judge)
         for restart in range(1, self.restarts):

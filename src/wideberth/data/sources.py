@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wideberth.checks import Box, InputError, at_least, valid_box
-from wideberth.data.splits import InMemory, Lazy, Source, Split, one_line
+from wideberth.checks import Box, InputError, at_least
+from wideberth.data.splits import InMemory, Lazy, Source, Split
 from wideberth.randomness import fold, permutation
 
 
@@ -21,7 +19,8 @@ class Data(ABC):
     """A classification data set, read when first asked for and kept.
 
     A subclass sets `classes`, `shape` (of one input) and `box`, checks its arguments on construction as far as that
-    is cheap, and implements `_load`. It passes `**limits` on to this class, where they are documented.
+    is cheap, and implements `_load`. It passes `**limits`, untyped so that the command line finds types, defaults and
+    help of these arguments in one place, on to this class.
 
     Args:
         train_rows: use the first so many training rows; all if None.
@@ -45,19 +44,22 @@ class Data(ABC):
         validation: int = 0,
         validation_seed: int = 0,
     ) -> None:
-        for name, rows in (("train_rows", train_rows), ("test_rows", test_rows)):
-            if rows is not None:
-                at_least(name, rows, 1)
+        self._limits = {True: train_rows, False: test_rows}
+        for train, limit in self._limits.items():
+            if limit is not None:
+                at_least("train_rows" if train else "test_rows", limit, 1)
         at_least("validation", validation, 0)
-        self._train_rows, self._test_rows = train_rows, test_rows
         self._held_out, self._validation_seed = validation, validation_seed
         self._loaded: dict[bool, Source] = {}
 
     @abstractmethod
     def _load(self, train: bool) -> Source:
-        """Read the training or the test samples; called at most once for each."""
+        """Read the training or the test samples; called at most once for each.
 
-    def prepare(self) -> None:
+        Where reading takes long, a source may end at the row limit; it may not begin elsewhere.
+        """
+
+    def prepare(self) -> None:  # noqa: B027 (most data sets have nothing to fetch)
         """Fetch what has to be downloaded; with several processes, call it on one of them first."""
 
     def train(self) -> Split:
@@ -79,11 +81,11 @@ class Data(ABC):
 
     def _first_rows(self, train: bool) -> Tensor:
         size = len(self._source(train))
-        rows = self._train_rows if train else self._test_rows
-        if rows is not None and rows > size:
+        limit = self._limits[train]
+        if limit is not None and limit > size:
             kind = "train" if train else "test"
-            raise InputError(f"{kind}_rows={rows}: {type(self).__name__} has {size} {kind} rows")
-        return torch.arange(size if rows is None else rows)
+            raise InputError(f"{kind}_rows={limit}: {type(self).__name__} has {size} {kind} rows")
+        return torch.arange(size if limit is None else limit)
 
     def _train_and_held_out(self) -> tuple[Tensor, Tensor]:
         rows = self._first_rows(True)
@@ -103,9 +105,6 @@ class Digits(Data):
     classes = 10
     shape = (1, 8, 8)
 
-    def __init__(self, **limits: Any) -> None:
-        super().__init__(**limits)
-
     def _load(self, train: bool) -> Source:
         from sklearn.datasets import load_digits
 
@@ -116,86 +115,82 @@ class Digits(Data):
         return InMemory(x[rows], torch.tensor(digits.target)[rows], classes=self.classes)
 
 
-class _Torchvision(Data):
-    """A data set of torchvision that fits in memory."""
-
-    _files: ClassVar[tuple[str, ...]]  # under root, what has to be there
-
-    def __init__(self, root: str = "data", download: bool = True, **limits: Any) -> None:
-        super().__init__(**limits)
-        self._root = Path(root).expanduser()
-        self._download = download
-        missing = [self._root / file for file in self._files if not (self._root / file).is_file()]
-        if missing and not download:
-            raise InputError(
-                f"root={root!r}: no {missing[0]}; give the folder that holds {Path(self._files[0]).parts[0]}, "
-                "or download=True"
-            )
-
-    @abstractmethod
-    def _open(self, train: bool) -> tuple[Tensor, Tensor]:
-        """x (n, C, H, W) uint8 and y (n,) by way of torchvision."""
-
-    def prepare(self) -> None:
-        """Download what is missing."""
-        if any(not (self._root / file).is_file() for file in self._files):
-            self._source(True), self._source(False)
-
-    def _load(self, train: bool) -> Source:
-        name = type(self).__name__
-        try:
-            x, y = self._open(train)
-        # Broken files surface as any of these: torchvision has no error of its own.
-        except (OSError, RuntimeError, ValueError, TypeError, EOFError, AssertionError) as error:
-            doing = "read or download" if self._download else "read"
-            raise InputError(f"root={str(self._root)!r}: cannot {doing} {name} there: {one_line(error)}") from error
-        names = (f"the images of {name}", f"the labels of {name}")
-        return InMemory(x, y, classes=self.classes, names=names)
-
-
-class MNIST(_Torchvision):
-    """Handwritten digits: 1x28x28, 60,000 to train and 10,000 to test.
+class Tensors(Data):
+    """Data that are in memory already.
 
     Args:
-        root: folder that holds MNIST/raw.
-        download: fetch what is missing.
+        x_train: (n, ...) uint8 images (C, H, W), or floats in the box.
+        y_train: (n,) integers in 0..classes-1.
+        x_test: (m, ...) as x_train.
+        y_test: (m,) as y_train.
+        classes: number of classes; one more than the largest label if None.
+        box: (low, high) that holds every input; contains [0, 1] where the inputs are uint8.
         limits: see `Data`.
 
     Raises:
-        InputError: files missing or unreadable, and not to be had.
+        InputError: no rows, shapes or dtypes that do not fit, values not finite or outside the box, labels
+            outside 0..classes-1.
     """
 
-    classes = 10
-    shape = (1, 28, 28)
-    _files = tuple(
-        f"MNIST/raw/{part}"
-        for part in (
-            "train-images-idx3-ubyte",
-            "train-labels-idx1-ubyte",
-            "t10k-images-idx3-ubyte",
-            "t10k-labels-idx1-ubyte",
-        )
-    )
+    def __init__(
+        self,
+        x_train: Tensor | np.ndarray,
+        y_train: Tensor | np.ndarray,
+        x_test: Tensor | np.ndarray,
+        y_test: Tensor | np.ndarray,
+        *,
+        classes: int | None = None,
+        box: Box = (0.0, 1.0),
+        **limits: Any,
+    ) -> None:
+        super().__init__(**limits)
+        x, y = [torch.as_tensor(v) for v in (x_train, x_test)], [torch.as_tensor(v) for v in (y_train, y_test)]
+        if x[0].shape[1:] != x[1].shape[1:]:
+            raise InputError(
+                f"x_test has inputs of shape {tuple(x[1].shape[1:])}: must be {tuple(x[0].shape[1:])} as in x_train"
+            )
+        if classes is None:
+            classes = max((int(labels.max()) for labels in y if labels.numel()), default=1) + 1
+        names = (("x_train", "y_train"), ("x_test", "y_test"))
+        self._sources = [InMemory(x[i], y[i], classes=classes, box=box, names=names[i]) for i in range(2)]
+        self.classes, self.shape, self.box = classes, tuple(x[0].shape[1:]), box
 
-    def _open(self, train: bool) -> tuple[Tensor, Tensor]:
-        from torchvision import datasets
-
-        # FashionMNIST has the same files under its own name.
-        opened = getattr(datasets, type(self).__name__)(self._root, train=train, download=self._download)
-        return opened.data.unsqueeze(1), opened.targets
-
-
-class FashionMNIST(_Torchvision):
-    """Photographs of clothes: 1x28x28, 60,000 to train and 10,000 to test; arguments as for `MNIST`."""
-
-
-class CIFAR10(_Torchvision):
-    """Photographs of ten kinds of things: 3x32x32, 50,000 to train and 10,000 to test."""
-
-
-class CIFAR100(_Torchvision):
-    """x"""
+    def _load(self, train: bool) -> Source:
+        return self._sources[0 if train else 1]
 
 
-class SVHN(_Torchvision):
-    """x"""
+class FromDatasets(Data):
+    """Any two torch data sets of (x, y), read sample by sample when needed.
+
+    Args:
+        train: map-style; yields x, a tensor (uint8 image, or floats in the box) of one shape, and an integer y.
+        test: as train.
+        classes: number of classes.
+        box: (low, high) that holds every input.
+        limits: see `Data`.
+
+    Raises:
+        InputError: no length, no sample, or a first sample that is not as described; later ones are checked as
+            they are read.
+    """
+
+    def __init__(
+        self,
+        train: Dataset[Any],
+        test: Dataset[Any],
+        *,
+        classes: int,
+        box: Box = (0.0, 1.0),
+        **limits: Any,
+    ) -> None:
+        super().__init__(**limits)
+        self._sources = [
+            Lazy(dataset, classes=classes, box=box, name=name) for dataset, name in ((train, "train"), (test, "test"))
+        ]
+        shapes = [tuple(source.fetch(torch.tensor([0]))[0].shape[1:]) for source in self._sources]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"test has inputs of shape {shapes[1]}: must be {shapes[0]} as in train")
+        self.classes, self.shape, self.box = classes, shapes[0], box
+
+    def _load(self, train: bool) -> Source:
+        return self._sources[0 if train else 1]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wideberth.checks import Box, InputError, valid_box
+from wideberth.checks import Box, InputError, at_least, valid_box
 
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
@@ -76,6 +77,7 @@ class InMemory:
         self, x: Tensor, y: Tensor, *, classes: int, box: Box = (0.0, 1.0), names: tuple[str, str] = ("x", "y")
     ) -> None:
         x_name, y_name = names
+        at_least("classes", classes, 2)
         valid_box(box)
         if x.dim() < 2 or len(x) == 0:
             raise InputError(f"{x_name} of shape {tuple(x.shape)}: must be (n, ...) with at least one sample")
@@ -120,6 +122,7 @@ class Lazy:
     """
 
     def __init__(self, dataset: Dataset[Any], *, classes: int, box: Box = (0.0, 1.0), name: str = "dataset") -> None:
+        at_least("classes", classes, 2)
         valid_box(box)
         try:
             self.size = len(dataset)  # type: ignore[arg-type]
@@ -139,7 +142,7 @@ class Lazy:
         if self._labels is None:
             targets = getattr(self.dataset, "targets", None)
             if targets is None or getattr(self.dataset, "target_transform", None) is not None:
-                targets = [int(self.dataset[row][1]) for row in range(self.size)]
+                targets = [self._sample(row)[1] for row in range(self.size)]
             labels = torch.as_tensor(targets, dtype=torch.int64)
             _check_labels(f"labels of {self.name}", labels, self.classes)
             self._labels = labels
@@ -157,10 +160,18 @@ class Lazy:
         return _unit(x), y
 
     def _sample(self, row: int) -> tuple[Tensor, int]:
-        x, y = self.dataset[row]
+        sample = self.dataset[row]
+        if not isinstance(sample, tuple | list) or len(sample) != 2:
+            raise InputError(f"{self.name} yields a {type(sample).__name__}: must yield pairs (x, y)")
+        x, y = sample
         if not isinstance(x, Tensor):
-            raise InputError(f"{self.name} yields a {type(x).__name__} as x: must be a tensor, so give it a transform")
-        return x, int(y)
+            raise InputError(f"{self.name} yields x as {type(x).__name__}: must be a tensor, so give it a transform")
+        try:
+            return x, index(y)
+        except TypeError:
+            raise InputError(
+                f"{self.name} yields y as {type(y).__name__} {y!r:.60}: must be an integer class"
+            ) from None
 
 
 class Split(Dataset[Batch]):

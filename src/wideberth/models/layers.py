@@ -84,6 +84,8 @@ def activation(name: Activation) -> nn.Module:
                 "or an import path such as torch.nn.Softplus(beta=10)"
             )
         layer = call(import_object(path), path, *args, **kwargs)
+    elif isinstance(name, nn.Module):
+        raise InputError(f"activation={name!r}: is one layer, must be what makes a new one, such as its class")
     else:
         layer = call(name, f"activation {name!r}")
     if not isinstance(layer, nn.Module):

@@ -99,7 +99,7 @@ def load_model(
         classes: number of classes of a timm or torchvision network; the other forms say it themselves.
 
     Raises:
-        InputError: one line that says what is wrong and which forms are accepted.
+        InputError: one line that says what is wrong and, where `spec` names no model, which forms are accepted.
     """
     path = Path(spec)
     is_file = path.suffix in (".safetensors", *CHECKPOINTS)

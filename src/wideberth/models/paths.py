@@ -39,8 +39,8 @@ def parse_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
             raise ValueError("more than one call")
         args = tuple(ast.literal_eval(argument) for argument in tree.args)
         names = [keyword.arg or "**" for keyword in tree.keywords]
-        if "**" in names:
-            raise ValueError("** is not a name")
+        if "**" in names or len(set(names)) < len(names):
+            raise ValueError("each argument once, by its name")
         kwargs = {n: ast.literal_eval(k.value) for n, k in zip(names, tree.keywords, strict=True)}
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(

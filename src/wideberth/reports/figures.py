@@ -7,12 +7,13 @@ none has, a figure raises `NoRecords`, which says what is missing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from wideberth.reports.records import NORMS, NoRecords, labels, norm_of, number, shortened, size_text, unit, unit_of
@@ -29,6 +30,11 @@ from wideberth.reports.style import (
     styled,
 )
 from wideberth.runs import Run
+
+
+class NotImages(NoRecords):
+    """There are samples to show, but they are not images."""
+
 
 TITLES = {
     "loss": "training loss",
@@ -69,9 +75,9 @@ def trade_off(runs: Sequence[Run]) -> Figure:
         style = look(position)
         axes.errorbar(
             [x], [y], xerr=[[max(x - left, 0)], [max(right - x, 0)]], yerr=[[max(y - low, 0)], [max(high - y, 0)]],
-            color=style.colour, marker=style.marker, markersize=6.5, elinewidth=1.1, markeredgecolor="white",
-            markeredgewidth=0.6, gid=f"run-{position}",
+            ecolor=style.colour, elinewidth=1, alpha=0.55, linestyle="none", zorder=2,
         )  # fmt: skip
+        axes.plot([x], [y], color=style.colour, marker=style.marker, markersize=7, zorder=3, gid=f"run-{position}")
         points.append(Label(x, y, shortened(name), style.ink))
         bars += [Bbox.from_extents(left, y, right, y), Bbox.from_extents(x, low, x, high)]
     if not points:
@@ -96,25 +102,20 @@ def _limit(axes: Axes, data: Bbox) -> None:
 def radius_histogram(run: Run) -> Figure:
     """How the radii of the training samples spread: epoch by epoch (darker: more samples), and at the end.
 
-    The final histogram is drawn alone where the run holds fewer than two epochs of radii.
+    Lines are the median and the quartiles. The final histogram is drawn alone where radii.parquet holds fewer than
+    two epochs.
 
     Raises:
-        NoRecords: when the run holds neither radii.parquet nor radii in samples.parquet.
+        NoRecords: when the run holds no radii, or one and the same for all samples.
     """
     table = run.radii
-    if table is None or not len(table):
+    if table is None or table["epoch"].nunique() < 2:
         return _final_radii(run)
     last_epoch = table[table["epoch"] == table["epoch"].max()]
     shown = unit(norm_of(run), [float(table["high"].max())])
-    if table["epoch"].nunique() < 2:
-        figure, axes = canvas(height=2.8)
-        axes.stairs(*_shares(last_epoch, shown.scale), fill=True, color="#2171b5", gid="final")
-        axes.set(xlabel=f"radius ({shown.name})", ylabel="training samples (%)")
-        axes.yaxis.set_major_formatter("{x:g}")
-        return figure
 
-    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
-    over_time, final = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+    over_time, final = figure.subplots(1, 2, sharey=True, width_ratios=(2.6, 1))
     epochs, edges, shares = _spread(table)
     columns = np.concatenate([epochs[:1] - 0.5, (epochs[1:] + epochs[:-1]) / 2, epochs[-1:] + 0.5])
     over_time.pcolormesh(
@@ -127,10 +128,10 @@ def radius_histogram(run: Run) -> Figure:
         over_time.plot(epochs, level, color=ACCENT, linewidth=width, gid=f"quantile-{quantile}")
     over_time.grid(False)
     over_time.xaxis.set_major_locator(MaxNLocator(integer=True))
-    over_time.set(xlabel="epoch", ylabel=f"radius ({shown.name})", title="over training, with median and quartiles")
+    over_time.set(xlabel="epoch", ylabel=f"radius ({shown.name})", title="over training")
     counts, steps = _shares(last_epoch, shown.scale)
     final.stairs(counts, steps, orientation="horizontal", fill=True, color="#2171b5", gid="final")
-    final.set(xlabel="training samples (%)", title=f"after epoch {int(epochs[-1])}", xlim=(0, None))
+    final.set(xlabel="samples (%)", title="at the end", xlim=(0, None))
     return figure
 
 
@@ -139,6 +140,8 @@ def _final_radii(run: Run) -> Figure:
     radii = np.empty(0) if samples is None or "radius" not in samples else samples["radius"].dropna().to_numpy(float)
     if not len(radii):
         raise NoRecords(f"run {run.name!r} holds no radii: neither radii.parquet nor a radius in samples.parquet")
+    if radii.min() == radii.max():
+        raise NoRecords(f"run {run.name!r} trained every sample with the same radius, {size_text(float(radii[0]))}")
     shown = unit(norm_of(run), [float(radii.max())])
     figure, axes = canvas(height=2.8)
     counts, edges = np.histogram(radii * shown.scale, bins=40)
@@ -209,6 +212,8 @@ def training_curves(runs: Sequence[Run], column: str) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if column == "effective_weight_norm" and all((values > 0).all() for *_, values in drawn):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axes.grid(which="minor", linewidth=0.4)
     axes.margins(x=0.02)
     label_ends(
@@ -271,19 +276,19 @@ def _mark_radius(axes: Axes, runs: Sequence[Run], scale: float) -> None:
     norm, eps = sizes.pop()
     if 0 < eps * scale < axes.get_xlim()[1]:
         axes.axvline(eps * scale, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), gid="eps")
-        axes.annotate(
-            f"{NORMS.get(str(norm), '')} ε = {size_text(eps)}", (eps * scale, 3), (3, 0), textcoords="offset points",
-            color=MUTED, fontsize=8, va="bottom",
+        axes.text(
+            eps * scale, 1.01, f"{NORMS.get(str(norm), '')} ε = {size_text(eps)}", transform=axes.get_xaxis_transform(),
+            color=MUTED, fontsize=8, ha="center", va="bottom",
         )  # fmt: skip
 
 
 @styled
-def extremes(run: Run, most: int = 16) -> Figure:
+def extremes(run: Run, most: int = 12) -> Figure:
     """The training samples with the smallest and the largest radii, with label and radius.
 
     Args:
         run: whose extremes.npz to draw.
-        most: samples shown of either kind, eight per row.
+        most: samples shown of either kind, six per row.
 
     Raises:
         NoRecords: when the run holds no extremes, or its samples are not images.
@@ -293,18 +298,18 @@ def extremes(run: Run, most: int = 16) -> Figure:
         raise NoRecords(f"run {run.name!r} holds no extremes.npz")
     shape = records["small_x"].shape[1:]
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] not in (1, 3)):
-        raise NoRecords(f"run {run.name!r}: samples of shape {shape} are not images, so they are not drawn")
+        raise NotImages(f"run {run.name!r}: samples of shape {shape} are not images, so they are not drawn")
 
     shown = unit(norm_of(run), [float(records["large_radius"].max())])
     low, high = (f([f(records[f"{kind}_x"]) for kind in ("small", "large")]) for f in (np.min, np.max))
     low, high = min(float(low), 0.0), max(float(high), 1.0)
     counts = {kind: min(most, len(records[f"{kind}_x"])) for kind in ("small", "large")}
-    columns = min(8, max(counts.values()))
+    columns = min(6, max(counts.values()))
     rows = {kind: -(-count // columns) for kind, count in counts.items()}
-    figure = Figure(figsize=(0.92 * columns + 0.2, 1.22 * sum(rows.values()) + 0.7), layout="constrained")
-    parts = figure.subfigures(2, 1, height_ratios=[rows[kind] for kind in ("small", "large")])
+    figure = Figure(figsize=(5.2, 1.02 * sum(rows.values()) + 0.6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[rows[kind] for kind in ("small", "large")])
     for part, kind, title in zip(parts, rows, ("Smallest radii", "Largest radii"), strict=True):
-        part.suptitle(f"{title} ({shown.name})", x=0.01, ha="left", fontsize=9, weight="bold")
+        part.suptitle(f"{title}: label and radius ({shown.name})", x=0.01, ha="left", fontsize=9, weight="bold")
         cells = part.subplots(rows[kind], columns, squeeze=False).ravel()
         for cell in cells:
             cell.set_axis_off()
@@ -314,5 +319,7 @@ def extremes(run: Run, most: int = 16) -> Figure:
             picture = (image - low) / (high - low)
             picture = picture.transpose(1, 2, 0) if picture.ndim == 3 else picture
             cell.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            cell.set_title(f"label {label}\n{radius * shown.scale:.3g}", fontsize=7.5, color=MUTED, loc="center")
+            cell.set_title(
+                f"{label}  at {round(float(radius) * shown.scale, 3):g}", fontsize=7.5, color=MUTED, loc="center", pad=3
+            )
     return figure

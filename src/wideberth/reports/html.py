@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from wideberth.checks import InputError
 from wideberth.reports import figures
 from wideberth.reports.records import (
     NORMS,
+    NOTHING,
     NoRecords,
     config_of,
     figures_text,
     labels,
     last,
     number,
+    percent_text,
     shared_and_differing,
     size_text,
     value_text,
@@ -43,11 +46,6 @@ class Picture:
     caption: str
     title: str = ""
 
-    @property
-    def wide(self) -> bool:
-        """Whether it needs the full width of the page."""
-        return self.width > 520
-
 
 @dataclass
 class Section:
@@ -63,7 +61,9 @@ class Section:
         """Draw a figure into the section, unless the runs hold no records for it."""
         try:
             figure = draw()
-        except NoRecords:
+        except NoRecords as reason:
+            if isinstance(reason, figures.NotImages):
+                self.notes.append(str(reason))
             return
         width, height = (round(96 * inches) for inches in figure.get_size_inches())
         self.pictures.append(Picture(data_uri(figure), width, height, alt, caption, title))
@@ -116,7 +116,11 @@ def write_report(runs: Sequence[Run], out: Path, title: str | None = None) -> Pa
             if (config := config_of(run))
         ],
     )
-    write_atomically(out, lambda path: path.write_text(page, encoding="utf-8") and None)
+
+    def write(path: Path) -> None:
+        path.write_text(page, encoding="utf-8")
+
+    write_atomically(out, write)
     return out
 
 
@@ -131,19 +135,17 @@ def headline(runs: Sequence[Run], table: pd.DataFrame) -> str:
             f"{len(judged)} runs, judged by {len(protocols)} different protocols: "
             "compare only rows that were judged alike."
         )
-    best = judged.loc[judged["robust_accuracy"].idxmax()]
+    best = judged.sort_values("robust_accuracy").iloc[-1]
     verdict = next(e for run in runs if (e := run.evaluation) is not None)
-    many = len(judged) > 1
-    finding = (
-        f"{best['name']} is the most robust of {len(judged)} runs: it classifies" if many else "This model classifies"
-    )
-    robust = f"{100 * best['robust_accuracy']:.1f} %"
+    finding = f"{best['name']} has the highest robust accuracy of {len(judged)} runs: " if len(judged) > 1 else ""
+    interval = ""
     if math.isfinite(best["robust_low"]):
         level = number(verdict.get("confidence"))
-        sure = f"{100 * level:.3g} % " if math.isfinite(level) else ""
-        robust += f" ({sure}interval {100 * best['robust_low']:.1f} to {100 * best['robust_high']:.1f})"
-    clean = "" if math.isnan(best["clean_accuracy"]) else f", and {100 * best['clean_accuracy']:.1f} % without any"
-    return f"{finding} {robust} of {_samples(verdict)} correctly under {_threat(verdict)}{clean}."
+        sure = f"{100 * level:.3g}% " if math.isfinite(level) else ""
+        interval = f" ({sure}interval {100 * best['robust_low']:.1f} to {100 * best['robust_high']:.1f})"
+    clean = "" if math.isnan(best["clean_accuracy"]) else f" Unperturbed, {100 * best['clean_accuracy']:.1f}% are."
+    robust = f"{100 * best['robust_accuracy']:.1f}% of {_samples(verdict)}{interval}"
+    return f"{finding}{robust} stay correctly classified under {_threat(verdict)}.{clean}"
 
 
 def _samples(verdict: dict[str, Any]) -> str:
@@ -153,12 +155,14 @@ def _samples(verdict: dict[str, Any]) -> str:
 
 
 def _threat(verdict: dict[str, Any]) -> str:
-    norm, eps = verdict.get("norm"), number(verdict.get("eps"))
-    size = f" of {NORMS.get(str(norm), norm)} size up to {size_text(eps)}" if norm and math.isfinite(eps) else ""
+    norm, eps = NORMS.get(str(verdict.get("norm")), ""), number(verdict.get("eps"))
+    size = f" of size up to {size_text(eps)}" if math.isfinite(eps) else ""
     attacks = [str(attack.get("name")) for attack in verdict.get("attacks") or ()]
     suite = f"the {verdict['suite']} suite" if verdict.get("suite") else ""
     line_up = f"{suite} ({', '.join(attacks)})" if suite and attacks else suite or ", ".join(attacks)
-    return f"adversarial perturbations{size}" + (f", searched by {line_up}" if line_up else "")
+    return (
+        f"adversarial {norm} perturbations".replace("  ", " ") + size + (f", searched by {line_up}" if line_up else "")
+    )
 
 
 def _protocols(table: pd.DataFrame) -> set[tuple[str, ...]]:
@@ -180,11 +184,13 @@ def _result(runs: Sequence[Run], table: pd.DataFrame) -> Section:
     judged = table[table["robust_accuracy"].notna() & table["clean_accuracy"].notna()]
     if len(judged) > 1:
         listed = "; ".join(
-            f"{row.name} {100 * row.clean_accuracy:.1f} % clean, {100 * row.robust_accuracy:.1f} % robust"
-            for row in judged.rename(columns={"name": "run"}).assign(name=judged["name"]).itertuples(index=False)
+            f"{name} {100 * clean:.1f}% clean, {100 * robust:.1f}% robust"
+            for name, clean, robust in zip(
+                judged["name"], judged["clean_accuracy"], judged["robust_accuracy"], strict=True
+            )
         )
         section.add(
-            lambda: figures.trade_off(runs),
+            partial(figures.trade_off, runs),
             alt=f"Scatter plot of clean against robust accuracy. {listed}.",
             caption="Up and to the right is better. Bars are the intervals of the table: "
             "runs whose bars overlap are not told apart by this many samples.",
@@ -205,7 +211,7 @@ def _margins(runs: Sequence[Run], names: Sequence[str], table: pd.DataFrame) -> 
         if math.isfinite(value)
     )
     section.add(
-        lambda: figures.margin_distribution(runs),
+        partial(figures.margin_distribution, runs),
         alt=f"Share of samples by least effective margin. Medians in input units: {medians or 'not recorded'}.",
         caption="Share of evaluated samples whose margin is at least the value below. At 0 a curve stands at the clean "
         "accuracy; what is left of it at the dashed radius is what a linear model of the network calls robust.",
@@ -237,10 +243,10 @@ def _radii(runs: Sequence[Run], names: Sequence[str]) -> Section:
         middle = last(run.metrics, "radius_q50")
         end = f" The final median is {figures_text(middle)} in input units." if math.isfinite(middle) else ""
         section.add(
-            lambda run=run: figures.radius_histogram(run),  # type: ignore[misc]  # the default binds this run
+            partial(figures.radius_histogram, run),
             alt=f"Histogram of the radii of the training samples of {name}, over training and at its end.{end}",
-            caption="Darker cells hold more samples; the lines are the median and the quartiles. "
-            "On the right, the radii that training ended with.",
+            caption="Left: darker cells hold more samples, and the lines are the median and the quartiles. "
+            "Right: the radii that training ended with.",
             title=name,
         )
     return section
@@ -254,16 +260,10 @@ def _samples_section(runs: Sequence[Run], names: Sequence[str]) -> Section:
         "that are easy to tell.",
     )
     for run, name in zip(runs, names, strict=True):
-        try:
-            figures.extremes(run)
-        except NoRecords as reason:
-            if run.extremes is not None:
-                section.notes.append(str(reason))
-            continue
         section.add(
-            lambda run=run: figures.extremes(run),  # type: ignore[misc]  # the default binds this run
+            partial(figures.extremes, run),
             alt=f"Training samples of {name} with the smallest and with the largest radii.",
-            caption="Label and radius stand above each training sample. Look for wrong labels in the upper rows.",
+            caption="Above each sample stand its label and its radius. Look for wrong labels in the upper rows.",
             title=name,
         )
     return section
@@ -293,7 +293,7 @@ def _add_curves(
         if math.isfinite(value := last(run.metrics, column))
     )
     section.add(
-        lambda: figures.training_curves(runs, column),
+        partial(figures.training_curves, runs, column),
         alt=f"{title} by epoch. Final values: {ends}.",
         caption=caption,
         title=title,
@@ -304,13 +304,15 @@ def _line_ups(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], lis
     """Names of the attacks, and per run the accuracy in percent that was left after each."""
     left = {
         name: {
-            str(attack.get("name")): figures_text(100 * number(attack.get("robust_accuracy")))
+            str(attack.get("name")): percent_text(number(attack.get("robust_accuracy")))
             for attack in (run.evaluation or {}).get("attacks") or ()
         }
         for name, run in zip(names, runs, strict=True)
     }
     attacks = list(dict.fromkeys(attack for found in left.values() for attack in found))
-    return attacks, [(name, [found.get(attack, "–") for attack in attacks]) for name, found in left.items() if found]
+    return attacks, [
+        (name, [found.get(attack, NOTHING) for attack in attacks]) for name, found in left.items() if found
+    ]
 
 
 def _protocol_facts(run: Run) -> dict[str, str]:

@@ -12,7 +12,8 @@ import pandas as pd
 from wideberth.checks import InputError
 from wideberth.runs import Run
 
-NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
+NORMS = {"linf": "\N{SCRIPT SMALL L}∞", "l2": "\N{SCRIPT SMALL L}2", "l1": "\N{SCRIPT SMALL L}1"}
+NOTHING = "\N{EN DASH}"
 
 
 class NoRecords(InputError):
@@ -101,14 +102,19 @@ def size_text(value: float) -> str:
 def figures_text(value: float) -> str:
     """A number to three figures, or whole from a thousand on; "–" where it is not finite."""
     if not math.isfinite(value):
-        return "–"
+        return NOTHING
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def percent_text(fraction: float) -> str:
+    """A fraction in percent to one decimal; "–" where it is not finite."""
+    return f"{100 * fraction:.1f}" if math.isfinite(fraction) else NOTHING
 
 
 def duration_text(seconds: float) -> str:
     """A duration in its two largest units: "42 s", "3 min 20 s", "5 h 12 min"."""
     if not math.isfinite(seconds):
-        return "–"
+        return NOTHING
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -126,11 +132,11 @@ def value_text(value: object) -> str:
             inside = _pairs(arguments) if isinstance(arguments, dict) else ""
             return path.rpartition(".")[2] + (f"({inside})" if inside else "")
         case dict():
-            return _pairs(value) or "–"
+            return _pairs(value) or NOTHING
         case list() | tuple():
-            return ", ".join(map(value_text, value)) or "–"
+            return ", ".join(map(value_text, value)) or NOTHING
         case None:
-            return "–"
+            return NOTHING
         case float():
             return size_text(value)
         case _:
@@ -146,7 +152,7 @@ def shared_and_differing(
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Split one mapping per run into what all agree on and, per key, the values that differ ("–" where absent)."""
     keys = dict.fromkeys(key for fact in facts for key in fact)
-    values = {key: [fact.get(key, "–") for fact in facts] for key in keys}
+    values = {key: [fact.get(key, NOTHING) for fact in facts] for key in keys}
     shared = {key: found[0] for key, found in values.items() if len(set(found)) == 1}
     return shared, {key: found for key, found in values.items() if key not in shared}
 

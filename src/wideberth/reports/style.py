@@ -27,7 +27,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -79,9 +79,10 @@ def look(position: int) -> Look:
     """The look of the run at this position; past seven runs, dashes and markers tell equal colours apart."""
     lap, hue = divmod(position, len(_COLOURS))
     colour = _COLOURS[hue]
+    red, green, blue = (0.68 * channel for channel in to_rgb(colour))
     return Look(
         colour=colour,
-        ink=to_hex(tuple(0.68 * channel for channel in to_rgb(colour))),
+        ink=to_hex((red, green, blue)),
         marker=_MARKERS[(hue + lap) % len(_MARKERS)],
         dash=_DASHES[lap % len(_DASHES)],
     )

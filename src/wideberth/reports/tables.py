@@ -12,6 +12,7 @@ from rich.text import Text
 
 from wideberth.reports.records import (
     NORMS,
+    NOTHING,
     Unit,
     config_of,
     duration_text,
@@ -19,6 +20,7 @@ from wideberth.reports.records import (
     labels,
     last,
     number,
+    percent_text,
     size_text,
     unit,
 )
@@ -82,7 +84,7 @@ def printed(comparison: pd.DataFrame) -> tuple[list[str], list[list[Cell]]]:
         values = comparison[f"{kind}_accuracy"]
         best = values.max() if not differing and len(judged) > 1 else math.inf
         columns[f"{kind} accuracy, %"] = [
-            Cell(_percent(value), _interval(low, high), bool(value >= best))
+            Cell(percent_text(value), _interval(low, high), bool(value >= best))
             for value, low, high in zip(values, comparison[f"{kind}_low"], comparison[f"{kind}_high"], strict=True)
         ]
     columns[f"effective margin, {distance.name}"] = _numbers(comparison["effective_margin"], distance)
@@ -91,7 +93,7 @@ def printed(comparison: pd.DataFrame) -> tuple[list[str], list[list[Cell]]]:
     columns["training time"] = [Cell(duration_text(value)) for value in comparison["seconds"]]
     for key in differing:
         columns[key] = [Cell(_protocol(key, value)) for value in comparison[key]]
-    filled = {title: cells for title, cells in columns.items() if any(cell.text != "–" for cell in cells)}
+    filled = {title: cells for title, cells in columns.items() if any(cell.text != NOTHING for cell in cells)}
     return list(filled), [list(row) for row in zip(*filled.values(), strict=True)]
 
 
@@ -111,10 +113,6 @@ def _rich(cell: Cell) -> Text:
     return text.append(f" {cell.interval}", style="dim not bold") if cell.interval else text
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}" if math.isfinite(value) else "–"
-
-
 def _interval(low: float, high: float) -> str:
     return f"[{100 * low:.1f}, {100 * high:.1f}]" if math.isfinite(low) and math.isfinite(high) else ""
 
@@ -125,7 +123,7 @@ def _numbers(values: Sequence[float] | pd.Series[float], shown: Unit) -> list[Ce
 
 def _protocol(key: str, value: object) -> str:
     if value is None or value != value:
-        return "–"
+        return NOTHING
     if key == "norm":
         return NORMS.get(str(value), str(value))
     return size_text(number(value)) if key == "eps" else f"{value:,.0f}" if key == "n" else str(value)

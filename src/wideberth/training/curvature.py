@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
@@ -71,7 +72,10 @@ class _ConstantRegions(TorchFunctionMode):
 
 
 @contextmanager
-def constant_regions() -> Iterator[None]:
-    """Run forwards whose gradients will be differentiated again; smooth activations are left as they are."""
-    with _ConstantRegions():
+def twice_differentiable() -> Iterator[None]:
+    """Run forwards whose gradients will be differentiated again; smooth activations are left as they are.
+
+    Attention runs by its plain formula: torch's fused kernels have no second derivative.
+    """
+    with _ConstantRegions(), sdpa_kernel(SDPBackend.MATH):
         yield

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wideberth import checks, losses
 from wideberth.modes import Mode, borrowed
 from wideberth.randomness import Noise
-from wideberth.training.curvature import constant_regions
+from wideberth.training.curvature import twice_differentiable
 from wideberth.training.schedules import Schedule, not_negative, value_at
 
 
@@ -42,7 +42,8 @@ class Regularizer(ABC):
         """
         point = x.detach().requires_grad_()
         # In float32 under autocast too: the squares are tiny at initialisation (1e-5 on a small net).
-        with borrowed(model, self.mode, freeze=False), torch.autocast(x.device.type, enabled=False), constant_regions():
+        wide = torch.autocast(x.device.type, enabled=False)
+        with borrowed(model, self.mode, freeze=False), wide, twice_differentiable():
             return self.penalise(model, point, y, noise)
 
     @abstractmethod

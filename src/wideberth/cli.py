@@ -1,0 +1,71 @@
+"""The command line: which command was meant. Nothing heavy is imported before that is known."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "quickstart": "the papers' comparison in miniature on built-in data, ending in report.html",
+    "train": "train a model by a recipe or by options, and leave a run directory",
+    "evaluate": "clean and verified robust accuracy of a model",
+    "margins": "effective margins of a model, sample by sample",
+    "compare": "one table and one trade-off plot of several runs",
+    "report": "the self-contained report.html of one or several runs",
+    "recipes": "what ships, with its published numbers",
+}
+
+
+def usage() -> str:
+    """The page that `wideberth --help` prints."""
+    lines = [
+        "usage: wideberth COMMAND [options]",
+        "",
+        "Train classifiers to be robust, and prove how robust they are.",
+        "",
+        *(f"  {name:<12}{what}" for name, what in COMMANDS.items()),
+        "",
+        "`wideberth COMMAND --help` tells the options of a command; 8/255 is a number wherever one is asked for.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"wideberth {version('wideberth')}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        print(f"wideberth: error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    from wideberth.checks import InputError
+
+    try:
+        import_module(f"wideberth.commands.{name}").main(rest)
+    except InputError as error:
+        print(f"wideberth {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # A full disk or a folder without permission: what was being written never replaced what was there.
+        print(
+            f"wideberth {name}: error: {error.strerror or error}: {error.filename or 'while writing'}", file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"wideberth {name}: interrupted; what was finished is kept (train: continue with --resume)", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

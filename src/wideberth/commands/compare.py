@@ -1,0 +1,30 @@
+"""`wideberth compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from wideberth.commands.parsing import call, print_to_terminal
+from wideberth.reports import comparison, render, trade_off
+from wideberth.runs import Run, write_atomically
+
+
+def run(runs: list[str], out: str | None = None) -> None:
+    """Compare evaluated runs: one table, one plot of clean against robust accuracy.
+
+    Args:
+        runs: run directories.
+        out: the plot's file, .png, .svg or .pdf (default: trade_off.png beside the first run).
+    """
+    found = [Run(path) for path in runs]
+    print_to_terminal(render(comparison(found)))
+    target = Path(out) if out is not None else found[0].path.resolve().parent / "trade_off.png"
+    figure = trade_off(found)
+    write_atomically(target, lambda file: figure.savefig(file, dpi=160))
+    print(f"saved: {target}")
+
+
+def main(words: Sequence[str]) -> None:
+    """Parse and compare."""
+    call("compare", run, words, many="runs")

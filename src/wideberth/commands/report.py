@@ -1,0 +1,28 @@
+"""`wideberth report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from wideberth.commands.parsing import call
+from wideberth.reports import write_report
+from wideberth.runs import Run
+
+
+def run(runs: list[str], out: str | None = None, title: str | None = None) -> None:
+    """Write the report of one or several runs as one HTML file that opens offline.
+
+    Args:
+        runs: run directories.
+        out: the file (default: report.html in the run, or beside the first of several).
+        title: its heading.
+    """
+    found = [Run(path) for path in runs]
+    home = found[0].path if len(found) == 1 else found[0].path.resolve().parent
+    print(f"report: {write_report(found, Path(out) if out else home / 'report.html', title=title)}")
+
+
+def main(words: Sequence[str]) -> None:
+    """Parse and report."""
+    call("report", run, words, many="runs")

@@ -1,0 +1,87 @@
+"""The record of an evaluation: one row per sample, and what can be said of them all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from scipy.stats import binomtest
+
+from wideberth.checks import InputError, choice
+from wideberth.runs import write_atomically
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        samples: one row per sample: index, label, clean_prediction, adversarial_prediction, clean_correct, robust,
+            logit_margin, effective_margin, effective_weight_norm, distance (of the point that broke it), attack (that
+            did), evaluations (forwards and backwards spent).
+        protocol: how it was found: norm, eps, suite, seed, the attacks in order, versions.
+    """
+
+    samples: pd.DataFrame
+    protocol: dict[str, Any]
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of samples classified correctly, in [0, 1]."""
+        return float(self.samples["clean_correct"].mean())
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Share of samples classified correctly and broken by no attack: an upper bound on the true one, in [0, 1]."""
+        return float(self.samples["robust"].mean())
+
+    def interval(self, which: Literal["robust", "clean"] = "robust", confidence: float = 0.95) -> tuple[float, float]:
+        """The exact (Clopper-Pearson) binomial interval of an accuracy, for the drawing of the samples."""
+        choice("which", which, ("robust", "clean"))
+        hits = self.samples["robust" if which == "robust" else "clean_correct"]
+        found = binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence, method="exact")
+        return float(found.low), float(found.high)
+
+    def summary(self) -> dict[str, Any]:
+        """What evaluation.json holds."""
+        table = self.samples
+        told: dict[str, Any] = {
+            **self.protocol,
+            "n": len(table),
+            "clean_accuracy": self.clean_accuracy,
+            "robust_accuracy": self.robust_accuracy,
+            "clean_interval": self.interval("clean"),
+            "robust_interval": self.interval("robust"),
+            "confidence": 0.95,
+            "evaluations_per_sample": float(table["evaluations"].mean()),
+        }
+        for name in ("effective_margin", "effective_weight_norm"):
+            if name in table:
+                told[name] = {"median": float(table[name].median()), "mean": float(table[name].mean())}
+        return told
+
+    def save(self, out: str | Path) -> Path:
+        """Write evaluation.json and evaluation.parquet into a directory (made if need be), atomically."""
+        out = Path(out)
+        write_atomically(out / "evaluation.parquet", lambda file: self.samples.to_parquet(file))
+        text = json.dumps(self.summary(), indent=2)
+        write_atomically(out / "evaluation.json", lambda file: file.write_text(text) and None)
+        return out
+
+    @classmethod
+    def load(cls, out: str | Path) -> Evaluation:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: where there is no evaluation.
+        """
+        out = Path(out)
+        if not (out / "evaluation.json").is_file() or not (out / "evaluation.parquet").is_file():
+            raise InputError(f"{str(out)!r}: holds no evaluation; run `wideberth evaluate` on it first")
+        told = json.loads((out / "evaluation.json").read_text())
+        samples = pd.read_parquet(out / "evaluation.parquet")
+        derived = cls(samples, {}).summary().keys()
+        return cls(samples, {name: value for name, value in told.items() if name not in derived})

@@ -1,0 +1,1 @@
+"""Training: the loop (`module`), its policies, and `train`, which leaves a run directory."""

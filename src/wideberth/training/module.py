@@ -1,0 +1,233 @@
+"""The training loop: batch, radius, attack, objective, weighting, regularizers, step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from wideberth import losses
+from wideberth.attacks.base import Adversarial, Attack, Problem
+from wideberth.checks import Box, InputError
+from wideberth.data.augment import Augmentation
+from wideberth.losses import Loss
+from wideberth.modes import Mode, borrowed
+from wideberth.randomness import Noise, fold
+from wideberth.training.objectives import AdversarialCrossEntropy, Objective, Payment
+from wideberth.training.radii import Radius, Zero
+from wideberth.training.regularizers import Regularizer
+from wideberth.training.step import Step
+from wideberth.training.weightings import Uniform, Weighting
+
+Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
+MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
+MakeScheduler: TypeAlias = Callable[[Optimizer], LRScheduler]
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The field's default: SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+class Diverged(InputError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+def check_combination(attack: Attack, radius: Radius, objective: Objective) -> None:
+    """Refuse policies that cannot work together (`InputError`, with the reason)."""
+    name = type(objective).__name__
+    if radius.needs_adversary and not objective.adversarial:
+        raise InputError(
+            f"radius={type(radius).__name__} with objective={name}: the radii are learned at adversarial points, "
+            "which this objective never looks at; use AdversarialCrossEntropy or TRADES"
+        )
+    if not objective.adversarial and not isinstance(radius, Zero):
+        raise InputError(
+            f"radius={type(radius).__name__} with objective={name}: this objective trains on clean inputs alone; "
+            "use radius Zero, or AdversarialCrossEntropy"
+        )
+    starts_clean = getattr(attack, "start", "uniform") == "none"
+    if getattr(objective, "inner", None) == "kl" and starts_clean and not isinstance(radius, Zero):
+        raise InputError(
+            f'attack.start="none" with objective={name}: the gradient of the KL term is zero at the clean input, so '
+            'the attack would never move; use start="gaussian" or "uniform"'
+        )
+
+
+class RobustTraining(L.LightningModule):
+    """Any combination of radius, attack, objective, weighting and regularizers, as one `LightningModule`.
+
+    Args:
+        model: maps (B, *shape) in the box to logits (B, K).
+        samples: how many rows the data set has that the training indices point into.
+        attack: crafts the adversarial points; its `norm` is that of the radii.
+        radius, objective, weighting, regularizers: the policies; see their modules.
+        augment: applied to the whole batch on its device, or None.
+        optimizer, scheduler: make them from parameters and optimizer; the scheduler steps every
+            `scheduler_interval`.
+        attack_mode: the mode in which the model is attacked. "eval" leaves batch-norm statistics alone.
+        seed: of all randomness of the loop.
+
+    Raises:
+        InputError: for policies that cannot be combined.
+        Diverged: from the training step, when the loss is no longer finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: int,
+        attack: Attack,
+        radius: Radius | None = None,
+        objective: Objective | None = None,
+        weighting: Weighting | None = None,
+        regularizers: Sequence[Regularizer] = (),
+        augment: Augmentation | None = None,
+        optimizer: MakeOptimizer = sgd,
+        scheduler: MakeScheduler | None = None,
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        attack_mode: Mode = "eval",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model, self.attack = model, attack
+        self.radius = Zero() if radius is None else radius
+        self.objective = AdversarialCrossEntropy() if objective is None else objective
+        self.weighting = Uniform() if weighting is None else weighting
+        self.regularizers, self.augment = list(regularizers), augment
+        self.optimizer, self.scheduler, self.scheduler_interval = optimizer, scheduler, scheduler_interval
+        self.attack_mode, self.seed = attack_mode, seed
+        check_combination(attack, self.radius, self.objective)
+        self.radius.allocate(samples)
+        self.rows = torch.arange(samples)
+        self.register_buffer("visited", torch.zeros(samples, dtype=torch.bool), persistent=False)
+        self.visited: Tensor
+        self._first_bad_step: Tensor | None = None
+
+    @property
+    def box(self) -> Box:
+        """The box that inputs and adversarial points lie in: the attack's."""
+        return self.attack.box
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        logits: Tensor = self.model(x)
+        return logits
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One pass of the flow; returns the loss."""
+        step = self.open(batch, batch_idx)
+        step.attack_loss = self.objective.attack_loss(step)
+        eps = self.radius.propose(step)
+        x_adv = self.perturb(step, eps)
+        payment = self.objective.pay(step, x_adv)
+        weights = self.weighting.weigh(step, payment)
+        penalty = self.penalty(step, x_adv)
+        loss = (weights * payment.losses).mean() + penalty
+        if payment.adversarial_logits is not None:
+            self.radius.observe(step, payment.adversarial_logits)
+        self.visited[step.index] = True
+        self._watch(loss)
+        self._log(step, payment, loss, penalty)
+        return loss
+
+    def open(self, batch: Batch, batch_idx: int) -> Step:
+        """The batch with its augmentation, its place in time and its random streams."""
+        x, y, index = batch
+        epoch = self.current_epoch
+        if self.augment is not None:
+            x = self.augment(x, index, seed=fold(self.seed, "augment"), epoch=epoch)
+        noise = Noise(index, fold(self.seed, "training"), draw=epoch)
+        batches = self.trainer.num_training_batches
+        progress = epoch + (batch_idx / batches if batches not in (0, float("inf")) else 0.0)
+        return Step(self.model, x, y, index, epoch, progress, noise, self.attack_mode, self.craft)
+
+    def craft(self, model: nn.Module, problem: Problem, loss: Loss | None, judge: bool) -> Adversarial:
+        """The training attack, without the checks of a call."""
+        return self.attack.craft(model, problem, loss=loss, judge=judge)
+
+    def perturb(self, step: Step, eps: Tensor) -> Tensor:
+        """The worst points found, (B, ...); the inputs themselves where nothing may or need be moved."""
+        if not self.objective.adversarial or isinstance(self.radius, Zero):
+            return step.x
+        return step.attack(eps).x
+
+    def penalty(self, step: Step, x_adv: Tensor) -> Tensor:
+        """The weighted sum of the regularizers' means, ()."""
+        total = torch.zeros((), device=step.x.device)
+        for place, regularizer in enumerate(self.regularizers):
+            weight = regularizer.weight_at(step.progress)
+            if weight:
+                values = regularizer(step.model, x_adv, step.y, step.noise.fold("regularizer", place))
+                total = total + weight * values.mean()
+        return total
+
+    # ---- around it ------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Clean accuracy, and accuracy under the training attack at the policy's nominal radius."""
+        x, y, index = batch
+        # Lightning validates in inference mode, where no input gradient can be taken.
+        with torch.inference_mode(False), borrowed(self.model):
+            x, y = x.clone(), y.clone()
+            with torch.no_grad():
+                clean = ~losses.misclassified(self.model(x), y)
+            eps = torch.full((len(y),), self.radius.nominal(), device=x.device)
+            noise = Noise(index.clone(), fold(self.seed, "validation"))
+            found = self.attack.craft(self.model, Problem(x, y, eps, noise))
+        assert found.success is not None
+        options: dict[str, Any] = {"on_epoch": True, "on_step": False, "batch_size": len(y), "sync_dist": True}
+        self.log("validation_clean", clean.float().mean(), **options)
+        self.log("validation_robust", (clean & ~found.success).float().mean(), prog_bar=True, **options)
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and schedule, from their factories."""
+        optimizer = self.optimizer(self.model.parameters())
+        if self.scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.scheduler(optimizer), "interval": self.scheduler_interval}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_train_epoch_end(self) -> None:
+        """Stop on a loss that was not finite; give every rank the radii that the others moved."""
+        self._refuse_bad_steps()
+        if self.trainer.world_size > 1 and len(self.radius.radii):
+            mine = torch.where(self.visited, self.radius.radii, 0)
+            visits = self.all_gather(self.visited).sum(0)
+            moved = self.all_gather(mine).sum(0) / visits.clamp_min(1)
+            self.radius.radii.copy_(torch.where(visits > 0, moved, self.radius.radii))
+        self.visited.zero_()
+
+    def _watch(self, loss: Tensor) -> None:
+        """Remember, on the device, the first step whose loss was not finite; look at it now and then."""
+        step = torch.full((), self.global_step, device=loss.device)
+        bad = torch.where(torch.isfinite(loss.detach()), -1, step)
+        known = bad if self._first_bad_step is None else self._first_bad_step
+        self._first_bad_step = torch.where(known >= 0, known, bad)
+        if loss.device.type == "cpu" or self.global_step % 50 == 49:
+            self._refuse_bad_steps()
+
+    def _refuse_bad_steps(self) -> None:
+        if self._first_bad_step is not None and int(self._first_bad_step) >= 0:
+            raise Diverged(
+                f"the loss is not finite at step {int(self._first_bad_step)} (epoch {self.current_epoch}): stopped; "
+                "the last good checkpoint is kept. Try a smaller learning rate or gradient_clip_val"
+            )
+
+    def _log(self, step: Step, payment: Payment, loss: Tensor, penalty: Tensor) -> None:
+        values = {"loss": loss.detach(), "penalty": penalty.detach()}
+        with torch.no_grad():
+            if payment.clean_logits is not None:
+                values["accuracy_clean"] = 1 - losses.misclassified(payment.clean_logits, step.y).float().mean()
+            if payment.adversarial_logits is not None:
+                broken = losses.misclassified(payment.adversarial_logits, step.y)
+                values["accuracy_adversarial"] = 1 - broken.float().mean()
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(step.y))
+        self.log("loss_now", loss.detach(), prog_bar=True, on_step=True, on_epoch=False)

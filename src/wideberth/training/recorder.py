@@ -1,0 +1,156 @@
+"""What a run leaves behind while it trains: one row per epoch, the radii's histogram, checkpoints to continue from."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from rich.console import Console
+from torch import Tensor
+
+from wideberth import margins
+from wideberth.randomness import fold
+from wideberth.runs import Run, write_atomically
+from wideberth.training.module import RobustTraining
+
+BINS = 64
+
+
+class Recorder(L.Callback):
+    """Writes metrics.csv and radii.parquet at the end of every epoch, atomically and continued on resume.
+
+    Args:
+        out: the run directory.
+        probe: inputs (P, ...) and labels (P,) on which the effective margin is measured after each epoch, or None.
+        echo: print one line per epoch (where there is no progress bar).
+    """
+
+    def __init__(self, out: Path, probe: tuple[Tensor, Tensor] | None, echo: bool = False) -> None:
+        self.out, self.probe = out, probe
+        self.console = Console(stderr=True) if echo else None
+        self._rows: list[dict[str, Any]] = []
+        self._radii: list[pd.DataFrame] = []
+        self._began = 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the records of the epochs that a resumed run has behind it."""
+        known = Run(self.out) if self.out.is_dir() else None
+        metrics = known.metrics if known else None
+        radii = known.radii if known else None
+        if metrics is not None:
+            before = metrics[metrics["epoch"] < trainer.current_epoch]
+            self._rows = [{str(k): v for k, v in row.items()} for row in before.to_dict("records")]
+        if radii is not None:
+            self._radii = [radii[radii["epoch"] < trainer.current_epoch]]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock, and seed what is left to the global generator (dropout) so that a resumed run repeats it."""
+        assert isinstance(pl_module, RobustTraining)
+        torch.manual_seed(fold(pl_module.seed, "epoch", trainer.current_epoch, trainer.global_rank))
+        self._began = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the epoch's row."""
+        assert isinstance(pl_module, RobustTraining)
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        seconds = time.monotonic() - self._began
+        row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        row |= {name: float(value) for name, value in trainer.callback_metrics.items() if name != "loss_now"}
+        row["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        row |= self._radius_columns(trainer, pl_module)
+        row |= self._margin_columns(pl_module)
+        row["seconds"] = seconds
+        self._rows.append(row)
+        write_atomically(self.out / "metrics.csv", lambda file: pd.DataFrame(self._rows).to_csv(file, index=False))
+        if self._radii:
+            history = pd.concat(self._radii, ignore_index=True)
+            write_atomically(self.out / "radii.parquet", lambda file: history.to_parquet(file))
+        if self.console is not None:
+            self.console.print(summary(row, trainer.max_epochs), highlight=False)
+
+    def _radius_columns(self, trainer: L.Trainer, module: RobustTraining) -> dict[str, float]:
+        radii = training_radii(module)
+        if not len(radii):
+            return {}
+        low, high = 0.0, max(float(radii.max()), module.radius.nominal(), 1e-9)
+        count, edges = np.histogram(radii, bins=BINS, range=(low, high))
+        self._radii.append(
+            pd.DataFrame({"epoch": trainer.current_epoch, "low": edges[:-1], "high": edges[1:], "count": count})
+        )
+        quantiles = {f"radius_q{q}": float(np.quantile(radii, q / 100)) for q in (0, 25, 50, 75, 100)}
+        return {"radius_mean": float(radii.mean()), **quantiles}
+
+    def _margin_columns(self, module: RobustTraining) -> dict[str, float]:
+        if self.probe is None:
+            return {}
+        x, y = (tensor.to(module.device) for tensor in self.probe)
+        margin, weight, _ = margins.measure(module.model, x, y, module.attack.norm)
+        return {"effective_margin": float(margin.median()), "effective_weight_norm": float(weight.median())}
+
+
+def training_radii(module: RobustTraining) -> np.ndarray[Any, Any]:
+    """The learned radii of the rows that are trained on, (n,); empty where the policy remembers none."""
+    if not len(module.radius.radii):
+        return np.zeros(0)
+    return module.radius.radii[module.rows].cpu().numpy()
+
+
+def summary(row: dict[str, Any], epochs: int | None) -> str:
+    """One epoch in one line."""
+    shown = {
+        "loss": "loss {:.3f}",
+        "accuracy_clean": "clean {:.1%}",
+        "accuracy_adversarial": "adversarial {:.1%}",
+        "validation_clean": "held-out clean {:.1%}",
+        "validation_robust": "held-out robust {:.1%}",
+        "radius_mean": "mean radius {:.4f}",
+        "effective_margin": "effective margin {:.4f}",
+        "seconds": "{:.1f} s",
+    }
+    parts = [text.format(row[name]) for name, text in shown.items() if name in row]
+    return f"epoch {row['epoch'] + 1}/{epochs or '?'}: " + ", ".join(parts)
+
+
+class KeepLast(Checkpoint):
+    """checkpoints/last.ckpt after every epoch, and best.ckpt by held-out robust accuracy where there is a split.
+
+    Both are moved into place whole, so that a full disk or a crash leaves the previous one.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / "checkpoints"
+        self.best = float("-inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the best score so far."""
+        self.best = state_dict["best"]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the state after this epoch."""
+        score = float(trainer.callback_metrics.get("validation_robust", float("nan")))
+        better = score > self.best
+        if better:
+            self.best = score
+        last, fresh = self.folder / "last.ckpt", self.folder / ".saving.ckpt"
+        try:
+            trainer.save_checkpoint(fresh, weights_only=False)
+            if trainer.is_global_zero:
+                fresh.replace(last)
+                if better:
+                    write_atomically(self.folder / "best.ckpt", lambda file: shutil.copyfile(last, file) and None)
+        finally:
+            if trainer.is_global_zero:
+                fresh.unlink(missing_ok=True)
+        trainer.strategy.barrier()

@@ -1,0 +1,262 @@
+"""`train`: from a model and data to a run directory."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from torch import nn
+
+from wideberth import checks
+from wideberth.attacks import PGD, Attack
+from wideberth.checks import InputError
+from wideberth.data import Augmentation, Data, Split, loader
+from wideberth.describe import describe
+from wideberth.models import save_weights
+from wideberth.modes import Mode, borrowed
+from wideberth.runs import Run, write_atomically
+from wideberth.training.module import MakeOptimizer, MakeScheduler, RobustTraining, sgd
+from wideberth.training.objectives import Objective
+from wideberth.training.radii import Radius
+from wideberth.training.recorder import KeepLast, Recorder, training_radii
+from wideberth.training.regularizers import Regularizer
+from wideberth.training.weightings import Weighting
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    out: str | Path = "runs/train",
+    *,
+    attack: Attack | None = None,
+    radius: Radius | None = None,
+    objective: Objective | None = None,
+    weighting: Weighting | None = None,
+    regularizers: Sequence[Regularizer] = (),
+    augment: Augmentation | None = None,
+    optimizer: MakeOptimizer = sgd,
+    scheduler: MakeScheduler | None = None,
+    scheduler_interval: Literal["epoch", "step"] = "epoch",
+    epochs: int = 10,
+    batch_size: int = 128,
+    attack_mode: Mode = "eval",
+    seed: int = 0,
+    workers: int = 0,
+    probe: int = 256,
+    channels_last: bool = False,
+    progress: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    trainer: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+) -> Run:
+    """Train a model and leave a run directory with everything needed to trust, repeat or continue it.
+
+    Args:
+        model: maps (B, *shape) in the box to logits (B, K); trained in place.
+        data: the data set, with its held-out split if there is one.
+        out: the run directory.
+        attack: crafts the training points (default: 10-step PGD in linf).
+        radius: how far each input may be moved (default: not at all, standard training).
+        objective: what the model pays (default: cross-entropy at the adversarial points).
+        weighting: how much each sample counts (default: the same).
+        regularizers: what the function's shape pays.
+        augment: batched augmentation on the device.
+        optimizer: makes the optimizer from the parameters (default: SGD 0.1, momentum 0.9, weight decay 5e-4).
+        scheduler: makes the learning-rate schedule from the optimizer.
+        scheduler_interval: whether it steps every "epoch" or every "step".
+        epochs: passes over the training rows.
+        batch_size: rows a step, on each device.
+        attack_mode: the mode of the model under attack.
+        seed: of everything random in training; a run is a function of it.
+        workers: processes that load data.
+        probe: how many rows the effective margin is measured on after each epoch (0: none).
+        channels_last: memory format of images and convolutions; often faster.
+        progress: show a progress bar (or, without a terminal, a line per epoch).
+        resume: continue the run in `out` from its last checkpoint.
+        overwrite: replace a finished run in `out`.
+        trainer: any further options of `lightning.Trainer` (devices, precision, gradient_clip_val, logger, ...).
+        config: what to record as config.yaml (default: what can be told from the arguments).
+
+    Returns:
+        The run.
+
+    Raises:
+        InputError: for arguments that cannot be used or combined, and when `out` holds a finished run.
+        Diverged: when the loss is no longer finite; the last good checkpoint is kept.
+    """
+    checks.at_least("epochs", epochs, 1)
+    checks.at_least("batch_size", batch_size, 1)
+    arguments = {name: value for name, value in locals().items() if name not in ("config", "resume", "overwrite")}
+    out = Path(out)
+    split, held_out = data.train(), data.validation()
+    attack = PGD(box=data.box) if attack is None else attack
+    check_model(model, split, data)
+    check_box(attack, data)
+    policies = (radius, objective, weighting, regularizers, augment, optimizer, scheduler, scheduler_interval)
+    module = RobustTraining(model, split.source_size, attack, *policies, attack_mode, seed)
+    module.rows = split.rows
+    claim(out, resume=resume, overwrite=overwrite)
+    record = {name: describe(value) for name, value in arguments.items()} if config is None else config
+    write_atomically(
+        out / "config.yaml", lambda file: file.write_text(yaml.safe_dump(record, sort_keys=False)) and None
+    )
+    if channels_last:
+        module.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with quiet():
+        engine = _engine(out, module, _probe(held_out or split, probe), epochs, progress, trainer or {})
+    checkpoint = Run(out).checkpoint if resume else None
+    with quiet():
+        engine.fit(
+            module,
+            loader(split, batch_size, shuffle=True, seed=seed, workers=workers),
+            None if held_out is None else loader(held_out, batch_size, shuffle=False, workers=workers),
+            ckpt_path=None if checkpoint is None else str(checkpoint),
+            weights_only=True,
+        )
+    if engine.interrupted:
+        raise KeyboardInterrupt
+    if engine.is_global_zero:
+        export(out, module, split)
+    return Run(out)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's advice to itself (workers, loggers, devices): what a run does is in its records."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make the run directory, or refuse one that would be overwritten or cannot be resumed (`InputError`)."""
+    run = Run(out) if out.is_dir() else None
+    if resume and (run is None or run.checkpoint is None):
+        raise InputError(f"out={str(out)!r} with resume: holds no checkpoints/last.ckpt to resume from")
+    if run is not None and not resume:
+        began = run.finished or run.checkpoint is not None
+        if began and not overwrite:
+            state = "a finished run" if run.finished else "an unfinished run"
+            raise InputError(f"out={str(out)!r}: holds {state}; use --overwrite to replace it or --resume to continue")
+        if not began and any(out.iterdir()) and not (out / "config.yaml").is_file():
+            raise InputError(f"out={str(out)!r}: holds files that are not a run's; choose an empty directory")
+        for file in RECORDS if overwrite or not began else ():
+            (out / file).unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out={str(out)!r}: cannot be made a directory ({error.strerror})") from None
+
+
+RECORDS = (
+    "model.safetensors",
+    "checkpoints/last.ckpt",
+    "checkpoints/best.ckpt",
+    "metrics.csv",
+    "samples.parquet",
+    "radii.parquet",
+    "extremes.npz",
+    "evaluation.json",
+    "evaluation.parquet",
+    "report.html",
+)
+
+
+def check_model(model: nn.Module, split: Split, data: Data) -> None:
+    """Refuse a model whose output does not fit the data's classes (`InputError`)."""
+    x, y, _ = split.__getitems__([0])
+    try:
+        with borrowed(model), torch.no_grad():
+            logits = model(x)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model: does not take inputs of shape {tuple(data.shape)}: {reason}") from None
+    checks.valid_logits(logits, len(y))
+    if logits.shape[1] != data.classes:
+        raise InputError(f"model: returns {logits.shape[1]} logits, the data has {data.classes} classes")
+
+
+def check_box(attack: Attack, data: Data) -> None:
+    """Refuse an attack whose box is not the data's (`InputError`)."""
+    if tuple(attack.box) != tuple(data.box):
+        raise InputError(f"attack.box={tuple(attack.box)}: the data lies in {tuple(data.box)}; they must be the same")
+
+
+def _probe(split: Split, size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not size:
+        return None
+    x, y, _ = split.__getitems__(list(range(min(size, len(split)))))
+    return x, y
+
+
+def _engine(
+    out: Path,
+    module: RobustTraining,
+    probe: tuple[torch.Tensor, torch.Tensor] | None,
+    epochs: int,
+    progress: bool,
+    options: dict[str, Any],
+) -> L.Trainer:
+    terminal = progress and sys.stderr.isatty()
+    callbacks: list[Callback] = [Recorder(out, probe, echo=progress and not terminal), KeepLast(out)]
+    if terminal:
+        callbacks.append(RichProgressBar())
+    defaults: dict[str, Any] = {
+        "max_epochs": epochs,
+        "logger": False,
+        "enable_checkpointing": True,
+        "enable_model_summary": False,
+        "enable_progress_bar": terminal,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the sampler is keyed, and shares itself out among the ranks
+        "log_every_n_steps": 1,
+    }
+    given = dict(options)
+    callbacks += given.pop("callbacks", None) or []
+    try:
+        return L.Trainer(**(defaults | given), callbacks=callbacks)
+    except TypeError as error:
+        raise InputError(f"trainer: {str(error).removeprefix('Trainer.__init__() ')}; see lightning.Trainer") from None
+
+
+def export(out: Path, module: RobustTraining, split: Split) -> None:
+    """Write the weights, the per-sample table and the samples at both ends of the radii."""
+    samples = pd.DataFrame({"index": split.rows.numpy(), "label": split.labels.numpy()})
+    radii = training_radii(module)
+    if len(radii):
+        samples["radius"] = radii
+        arrays = extremes(split, radii)
+        write_atomically(out / "extremes.npz", lambda file: np.savez_compressed(file, **arrays))
+    write_atomically(out / "samples.parquet", lambda file: samples.to_parquet(file))
+    save_weights(module.model, out / "model.safetensors")  # last: its presence says that the run is finished
+
+
+def extremes(split: Split, radii: np.ndarray[Any, Any], count: int = 16) -> dict[str, np.ndarray[Any, Any]]:
+    """The samples with the smallest and the largest radii: {small, large}_{x, index, label, radius}."""
+    order = np.argsort(radii, kind="stable")
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for end, places in (("small", order[:count]), ("large", order[::-1][:count])):
+        x, y, index = split.__getitems__(places.tolist())
+        arrays |= {f"{end}_x": x.numpy(), f"{end}_label": y.numpy(), f"{end}_index": index.numpy()}
+        arrays[f"{end}_radius"] = radii[places]
+    return arrays
