@@ -125,7 +125,11 @@ def write_run(path: Path, name: str, seed: int = 0) -> Path:
         "model": name, "data": "digits", "split": "test", "norm": "linf", "eps": EPS, "suite": "standard",
         "n": EVALUATED, "clean_accuracy": clean, "robust_accuracy": robust, "clean_interval": interval(clean),
         "robust_interval": interval(robust), "confidence": 0.95,
-        "attacks": [{"name": attack, "robust_accuracy": robust + above, "seconds": 2.0} for attack, above in ATTACKS],
+        "attacks": [
+            {"name": attack, "robust_accuracy": robust + above, "seconds": 2.0,
+             "settings": {"class_path": f"wideberth.attacks.{attack}", "init_args": {"steps": 100}}}
+            for attack, above in ATTACKS
+        ],
         "effective_margin": {"median": margin, "mean": margin}, "effective_weight_norm": {"median": norm},
         "evaluations_per_sample": 812.4, "seed": 0,
         "versions": {"wideberth": "0.1.0", "torch": "2.11.0", "python": "3.11.7"},

@@ -114,6 +114,7 @@ def loader(
         InputError: numbers out of range.
     """
     at_least("workers", workers, 0)
+    at_least("start_batch", start_batch, 0)
     sampler = KeyedSampler(len(split), batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
     sampler.set_epoch(epoch)
     sampler.start_batch = start_batch

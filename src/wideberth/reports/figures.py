@@ -114,9 +114,11 @@ def radius_histogram(run: Run) -> Figure:
     last_epoch = table[table["epoch"] == table["epoch"].max()]
     shown = unit(norm_of(run), [float(table["high"].max())])
 
+    epochs, edges, shares = _spread(table)
+    if not (np.ptp(shares, axis=0).any() or np.count_nonzero(shares[-1]) > 1):
+        raise _one_radius(run, float(table["high"].max()))
     figure = Figure(figsize=(5.2, 3.3), layout="constrained")
     over_time, final = figure.subplots(1, 2, sharey=True, width_ratios=(2.6, 1))
-    epochs, edges, shares = _spread(table)
     columns = np.concatenate([epochs[:1] - 0.5, (epochs[1:] + epochs[:-1]) / 2, epochs[-1:] + 0.5])
     over_time.pcolormesh(
         columns, edges * shown.scale, np.sqrt(shares.T), cmap=DENSITY, vmin=0, rasterized=True, gid="density"
@@ -141,13 +143,17 @@ def _final_radii(run: Run) -> Figure:
     if not len(radii):
         raise NoRecords(f"run {run.name!r} holds no radii: neither radii.parquet nor a radius in samples.parquet")
     if radii.min() == radii.max():
-        raise NoRecords(f"run {run.name!r} trained every sample with the same radius, {size_text(float(radii[0]))}")
+        raise _one_radius(run, float(radii[0]))
     shown = unit(norm_of(run), [float(radii.max())])
     figure, axes = canvas(height=2.8)
     counts, edges = np.histogram(radii * shown.scale, bins=40)
     axes.stairs(100 * counts / len(radii), edges, fill=True, color="#2171b5", gid="final")
     axes.set(xlabel=f"radius ({shown.name})", ylabel="training samples (%)")
     return figure
+
+
+def _one_radius(run: Run, radius: float) -> NoRecords:
+    return NoRecords(f"run {run.name!r} trained every sample with the same radius, about {size_text(radius)}")
 
 
 def _shares(histogram: pd.DataFrame, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -212,10 +218,15 @@ def training_curves(runs: Sequence[Run], column: str) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if column == "effective_weight_norm" and all((values > 0).all() for *_, values in drawn):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axes.grid(which="minor", linewidth=0.4)
     axes.margins(x=0.02)
+    if column == "effective_margin":
+        # One collapsed run must not flatten all others.
+        high = max(float(values.max()) for *_, values in drawn)
+        if high > 0 and axes.get_ylim()[0] < -high / 2:
+            axes.set_ylim(-high / 2, 1.08 * high)
     label_ends(
         axes, [Label(epochs[-1], values[-1], name, look(position).ink) for position, name, epochs, values in drawn]
     )
@@ -248,6 +259,8 @@ def margin_distribution(runs: Sequence[Run]) -> Figure:
     pooled = pooled[np.isfinite(pooled)]
     low, high = np.quantile(pooled, (0.01, 0.99)) if len(pooled) else (0.0, 1.0)
     high = high if high > low else low + 1.0
+    # Far below zero lie samples that are hopelessly wrong: they must not squeeze the part that is read.
+    low = max(low, -high / 2) if high > 0 else low
     # A grid instead of every sample: the file stays small, and the heights on the grid are exact.
     grid = np.linspace(low - 0.02 * (high - low), high + 0.02 * (high - low), 401)
     drawn.sort(key=lambda entry: -float(np.median(entry[2])))
@@ -291,11 +304,14 @@ def extremes(run: Run, most: int = 12) -> Figure:
         most: samples shown of either kind, six per row.
 
     Raises:
-        NoRecords: when the run holds no extremes, or its samples are not images.
+        NoRecords: when the run holds no extremes, or all radii are equal.
+        NotImages: when its samples are not images.
     """
     records = run.extremes
     if records is None or not (len(records["small_x"]) and len(records["large_x"])):
         raise NoRecords(f"run {run.name!r} holds no extremes.npz")
+    if records["small_radius"].min() == records["large_radius"].max():
+        raise _one_radius(run, float(records["large_radius"].max()))
     shape = records["small_x"].shape[1:]
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] not in (1, 3)):
         raise NotImages(f"run {run.name!r}: samples of shape {shape} are not images, so they are not drawn")

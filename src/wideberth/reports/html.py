@@ -26,6 +26,7 @@ from wideberth.reports.records import (
     last,
     number,
     percent_text,
+    printable,
     shared_and_differing,
     size_text,
     value_text,
@@ -100,7 +101,7 @@ def write_report(runs: Sequence[Run], out: Path, title: str | None = None) -> Pa
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.j2").render(
-        title=title or (names[0] if len(runs) == 1 else f"{len(runs)} runs compared"),
+        title=printable(title) if title else names[0] if len(runs) == 1 else f"{len(runs)} runs compared",
         headline=headline(runs, table),
         columns=columns,
         rows=list(zip([look(position).colour for position in range(len(runs))], rows, strict=True)),
@@ -151,7 +152,7 @@ def headline(runs: Sequence[Run], table: pd.DataFrame) -> str:
 def _samples(verdict: dict[str, Any]) -> str:
     count = f"{n:,.0f} " if math.isfinite(n := number(verdict.get("n"))) else "the "
     split = f"{verdict['split']} " if verdict.get("split") else ""
-    return f"{count}{split}samples" + (f" of {verdict['data']}" if verdict.get("data") else "")
+    return f"{count}{split}samples" + (f" of {value_text(verdict['data'])}" if verdict.get("data") else "")
 
 
 def _threat(verdict: dict[str, Any]) -> str:
@@ -193,7 +194,7 @@ def _result(runs: Sequence[Run], table: pd.DataFrame) -> Section:
             partial(figures.trade_off, runs),
             alt=f"Scatter plot of clean against robust accuracy. {listed}.",
             caption="Up and to the right is better. Bars are the intervals of the table: "
-            "runs whose bars overlap are not told apart by this many samples.",
+            "mind them before ranking neighbours.",
         )
     return section
 
@@ -221,8 +222,7 @@ def _margins(runs: Sequence[Run], names: Sequence[str], table: pd.DataFrame) -> 
         (
             "effective_margin",
             "Margin over training",
-            "Median over a fixed probe. A margin that rises while the loss falls is gained by moving the boundary, "
-            "not by scaling the logits.",
+            "Median over a fixed probe. Larger logits alone cannot raise it: what rises here is distance.",
         ),
         (
             "effective_weight_norm",
@@ -272,7 +272,11 @@ def _samples_section(runs: Sequence[Run], names: Sequence[str]) -> Section:
 def _training(runs: Sequence[Run], names: Sequence[str]) -> Section:
     section = Section("training", "Training", "How the runs came about.")
     for column, title, caption in (
-        ("loss", "Training loss", "Means over each epoch, of each run's own objective: compare shapes, not heights."),
+        (
+            "loss",
+            "Training loss",
+            "Each run's own objective" + (": compare shapes, not heights." if len(runs) > 1 else "."),
+        ),
         ("validation_clean", "Clean validation accuracy", "Accuracy on held-out samples as they are."),
         (
             "validation_robust",
@@ -301,7 +305,7 @@ def _add_curves(
 
 
 def _line_ups(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Names of the attacks, and per run the accuracy in percent that was left after each."""
+    """Names of the attacks, and per run the accuracy in percent that was left after each; last, what they cost."""
     left = {
         name: {
             str(attack.get("name")): percent_text(number(attack.get("robust_accuracy")))
@@ -309,6 +313,10 @@ def _line_ups(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], lis
         }
         for name, run in zip(names, runs, strict=True)
     }
+    for found, run in zip(left.values(), runs, strict=True):
+        spent = number((run.evaluation or {}).get("evaluations_per_sample"))
+        if found and math.isfinite(spent):
+            found["evaluations per sample"] = figures_text(spent)
     attacks = list(dict.fromkeys(attack for found in left.values() for attack in found))
     return attacks, [
         (name, [found.get(attack, NOTHING) for attack in attacks]) for name, found in left.items() if found
@@ -319,10 +327,13 @@ def _protocol_facts(run: Run) -> dict[str, str]:
     verdict = run.evaluation
     if verdict is None:
         return {}
-    known = (*PROTOCOL, "confidence", "evaluations_per_sample", "seed")
+    known = (*PROTOCOL, "box", "confidence", "seed", "device")
     facts = {key.replace("_", " "): value_text(verdict[key]) for key in known if verdict.get(key) is not None}
     if "norm" in facts:
         facts["norm"] = NORMS.get(facts["norm"], facts["norm"])
+    for attack in verdict.get("attacks") or ():
+        if attack.get("settings"):
+            facts[str(attack.get("name"))] = value_text(attack["settings"])
     versions = verdict.get("versions")
     if isinstance(versions, dict):
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -330,4 +341,4 @@ def _protocol_facts(run: Run) -> dict[str, str]:
 
 
 def _config_facts(run: Run) -> dict[str, str]:
-    return {str(key): value_text(value) for key, value in config_of(run).items() if key != "name"}
+    return {str(key): value_text(value) for key, value in config_of(run).items() if key not in ("name", "out")}

@@ -80,8 +80,13 @@ def labels(runs: Sequence[Run]) -> list[str]:
         [str(run.path.resolve()) for run in runs],
         [f"{run.name} ({position})" for position, run in enumerate(runs, start=1)],
     )
-    printable = (["".join(c if c.isprintable() else "\ufffd" for c in name) for name in names] for names in namings)
-    return next(names for names in printable if len(set(names)) == len(names))
+    readable = ([printable(name) for name in names] for names in namings)
+    return next(names for names in readable if len(set(names)) == len(names))
+
+
+def printable(text: str) -> str:
+    """The text with control characters replaced: they break terminals, SVG and HTML."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def shortened(name: str, limit: int = 30) -> str:
@@ -144,7 +149,20 @@ def value_text(value: object) -> str:
 
 
 def _pairs(mapping: dict[Any, Any]) -> str:
-    return ", ".join(f"{key}={value_text(value)}" for key, value in mapping.items())
+    return ", ".join(f"{key}={_inner(value)}" for key, value in mapping.items())
+
+
+def _inner(value: object) -> str:
+    """A value inside a call, with brackets where its own commas would read as the call's."""
+    match value:
+        case {"class_path": str()}:
+            return value_text(value)
+        case dict():
+            return f"{{{_pairs(value)}}}"
+        case list() | tuple():
+            return f"[{', '.join(map(_inner, value))}]"
+        case _:
+            return value_text(value)
 
 
 def shared_and_differing(

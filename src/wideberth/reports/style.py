@@ -111,15 +111,17 @@ def label_ends(axes: Axes, ends: Sequence[Label], gap: float = 12.0) -> None:
     figure.draw_without_rendering()
     box = axes.get_window_extent()
     ends = sorted(ends, key=lambda end: end.y)
-    wanted = np.array([axes.transData.transform((end.x, end.y))[1] for end in ends])
+    low, high = sorted(axes.get_ylim())
+    heights = [min(max(end.y, low), high) for end in ends]
+    wanted = np.array([axes.transData.transform((0.5, height))[1] for height in heights])
     steps = gap * figure.dpi / 72 * np.arange(len(ends))
     # Least squares under "at least a gap apart" is isotonic regression once the gaps are taken off.
     placed = isotonic_regression(wanted - steps).x
     placed = np.clip(placed, box.y0, max(box.y0, box.y1 - steps[-1])) + steps
-    for end, height in zip(ends, (placed - box.y0) / box.height, strict=True):
+    for end, level, height in zip(ends, heights, (placed - box.y0) / box.height, strict=True):
         axes.annotate(
             end.text,
-            xy=(end.x, end.y),
+            xy=(end.x, level),
             xytext=(1.03, height),
             textcoords="axes fraction",
             color=end.ink,
@@ -132,6 +134,7 @@ def label_ends(axes: Axes, ends: Sequence[Label], gap: float = 12.0) -> None:
                 "color": end.ink,
                 "linewidth": 0.5,
                 "alpha": 0.5,
+                "relpos": (0, 0.5),
                 "shrinkA": 1,
                 "shrinkB": 3,
             },

@@ -23,6 +23,7 @@ from wideberth.reports.records import (
     percent_text,
     size_text,
     unit,
+    value_text,
 )
 from wideberth.runs import Run
 
@@ -47,15 +48,16 @@ def _row(run: Run, name: str) -> dict[str, object]:
         low, high = verdict.get(f"{kind}_interval") or (math.nan, math.nan)
         row[f"{kind}_accuracy"] = number(verdict.get(f"{kind}_accuracy"))
         row[f"{kind}_low"], row[f"{kind}_high"] = number(low), number(high)
+    samples = run.evaluation_samples
     for column in ("effective_margin", "effective_weight_norm"):
         row[column] = number((verdict.get(column) or {}).get("median"))
-    if math.isnan(number(row["effective_margin"])):
-        samples = run.evaluation_samples
-        if samples is not None and "effective_margin" in samples:
-            row["effective_margin"] = float(samples["effective_margin"].median())
+        if math.isnan(number(row[column])) and samples is not None and column in samples:
+            row[column] = float(samples[column].median())
     trained = last(metrics, "epoch") + 1
     row["epochs"] = trained if math.isfinite(trained) else number(config_of(run).get("epochs"))
-    row["seconds"] = float(metrics["seconds"].sum()) if metrics is not None and "seconds" in metrics else math.nan
+    row["seconds"] = (
+        float(metrics["seconds"].sum(min_count=1)) if metrics is not None and "seconds" in metrics else math.nan
+    )
     for key in PROTOCOL:
         row[key] = number(verdict.get(key)) if key in ("eps", "n") else verdict.get(key)
     return row
@@ -126,4 +128,4 @@ def _protocol(key: str, value: object) -> str:
         return NOTHING
     if key == "norm":
         return NORMS.get(str(value), str(value))
-    return size_text(number(value)) if key == "eps" else f"{value:,.0f}" if key == "n" else str(value)
+    return size_text(number(value)) if key == "eps" else f"{value:,.0f}" if key == "n" else value_text(value)

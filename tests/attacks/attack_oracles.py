@@ -1,0 +1,73 @@
+"""Models to attack: one that counts what it is asked, one with everything an attack could disturb, one with answers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Counting(nn.Module):
+    """A model that counts the rows it is run on, forwards and backwards."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.forwards = self.backwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.inner(x)
+        self.forwards += len(x)
+        if logits.requires_grad:
+            logits.register_hook(self._backward)
+        return logits
+
+    def _backward(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
+
+
+def network(features: int = 6, classes: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
+    """A smooth net for inputs of any rank, with running statistics, dropout, and sub-modules in different modes.
+
+    It is in train mode except for a frozen batch norm; one parameter takes no gradient, another has one already.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(features, 16),
+        nn.BatchNorm1d(16),
+        nn.Tanh(),
+        nn.Dropout(0.5),
+        nn.BatchNorm1d(16),
+        nn.Linear(16, classes),
+    ).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+        for norm in (model[2], model[5]):
+            norm.running_mean.copy_(0.3 * torch.randn(16, generator=generator, dtype=torch.float64))
+            norm.running_var.copy_(1 + torch.rand(16, generator=generator, dtype=torch.float64))
+    model.train()
+    model[5].eval()
+    model[1].bias.requires_grad_(False)
+    model[6].weight.grad = torch.ones_like(model[6].weight)
+    return model
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Sequential:
+    """z(x) = W x + b, for inputs of any rank."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+def predicted(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits in eval mode, without a trace."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        logits: Tensor = model(x)
+    for module, flag in flags:
+        module.training = flag
+    return logits

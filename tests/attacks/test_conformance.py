@@ -1,0 +1,349 @@
+"""What every attack promises, checked for every row of one table; a new attack joins by adding a row."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from attack_oracles import Counting, linear, network, predicted
+from torch import Tensor, nn
+
+from wideberth import attacks, losses
+from wideberth.attacks import FGSM, PGD, Adversarial, Attack, ScaledStep
+from wideberth.checks import Box, Norm
+
+ROWS_IN_BATCH, FEATURES, CLASSES = 12, 6, 4
+SHAPES = ((6,), (2, 3), (1, 2, 3))
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+RADIUS: dict[Norm, float] = {"linf": 0.06, "l2": 0.12, "l1": 0.25}
+"""Radii at which every row of the table breaks some samples and not others."""
+
+
+def logit_of_label(logits: Tensor, y: Tensor) -> Tensor:
+    """A loss of the user's own."""
+    return -logits.gather(1, y[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An attack in the table.
+
+    Attributes:
+        name: of the test.
+        attack: with its hyper-parameters; norm and box are set by the tests.
+        random: whether the seed changes what it finds.
+        judges: whether it tells success even if not asked, because it needs to know itself.
+        fixed_cost: forwards and backwards per sample, or None where they depend on what is broken when.
+        norms: those that it is defined for.
+    """
+
+    name: str
+    attack: Attack
+    random: bool
+    judges: bool
+    fixed_cost: int | None
+    norms: tuple[Norm, ...] = ("linf", "l2", "l1")
+
+
+TABLE = (
+    Row("fgsm", FGSM(), random=False, judges=False, fixed_cost=2),
+    Row("fgsm-random", FGSM(start="uniform", step_size=ScaledStep(1.25)), random=True, judges=False, fixed_cost=2),
+    Row("pgd-uniform", PGD(steps=4), random=True, judges=False, fixed_cost=8),
+    Row("pgd-gaussian", PGD(steps=4, start="gaussian"), random=True, judges=False, fixed_cost=8),
+    Row("pgd-none", PGD(steps=4, start="none"), random=False, judges=False, fixed_cost=8),
+    Row("pgd-absolute-step", PGD(steps=4, step_size=0.03), random=True, judges=False, fixed_cost=8),
+    Row("pgd-floor", PGD(steps=4, step_size=ScaledStep(2, floor=0.02)), random=True, judges=False, fixed_cost=8),
+    Row("pgd-worst", PGD(steps=4, keep="worst"), random=True, judges=True, fixed_cost=9),
+    Row("pgd-first-flip", PGD(steps=4, keep="first_flip"), random=True, judges=True, fixed_cost=9),
+    Row("pgd-restarts", PGD(steps=3, restarts=3), random=True, judges=True, fixed_cost=None),
+    Row("pgd-restarts-worst", PGD(steps=3, restarts=2, keep="worst"), random=True, judges=True, fixed_cost=None),
+    Row("pgd-margin", PGD(steps=4, loss=losses.margin_loss), random=True, judges=False, fixed_cost=8),
+    Row("pgd-dlr", PGD(steps=4, loss=losses.dlr_loss, keep="worst"), random=True, judges=True, fixed_cost=9),
+    Row("pgd-user-loss", PGD(steps=4, loss=logit_of_label), random=True, judges=False, fixed_cost=8),
+)
+
+every_attack = pytest.mark.parametrize(
+    ("row", "norm"), [pytest.param(row, norm, id=f"{row.name}-{norm}") for row in TABLE for norm in row.norms]
+)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and a batch, some of it misclassified from the start."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    eps: Tensor
+    index: Tensor
+
+    def craft(self, row: Row, norm: Norm, **options: Any) -> Adversarial:
+        box: Box = options.pop("box", (0.0, 1.0))
+        given = {"eps": self.eps, "index": self.index} | options
+        return replace(row.attack, norm=norm, box=box)(self.model, self.x, self.y, **given)
+
+    def rows(self, where: Any) -> Setting:
+        return Setting(self.model, self.x[where], self.y[where], self.eps[where], self.index[where])
+
+
+def setting(
+    norm: Norm,
+    dtype: torch.dtype = torch.float64,
+    shape: tuple[int, ...] = (6,),
+    box: Box = (0.0, 1.0),
+    classes: int = CLASSES,
+) -> Setting:
+    """Inputs in the box, some entries on its faces; labels as predicted, except the first two; various radii."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(ROWS_IN_BATCH, *shape, generator=generator, dtype=torch.float64)
+    x[0], x[1, ..., 0] = 0, 1
+    x = (box[0] + (box[1] - box[0]) * x).to(dtype).clamp(*box)
+    model = network(FEATURES, classes, dtype)
+    y = predicted(model, x).argmax(1)
+    y[:2] = (y[:2] + 1) % classes
+    scale = 0.5 + torch.arange(ROWS_IN_BATCH, dtype=torch.float64) % 4 / 2
+    eps = (RADIUS[norm] * (box[1] - box[0]) * scale).to(torch.promote_types(dtype, torch.float32))
+    return Setting(model, x, y, eps, 100 + 7 * torch.arange(ROWS_IN_BATCH))
+
+
+def lengths(delta: Tensor, norm: Norm) -> Tensor:
+    """The norm of each row, spelled out."""
+    flat = delta.flatten(1).double().abs()
+    return {"linf": flat.amax(1), "l2": flat.square().sum(1).sqrt(), "l1": flat.sum(1)}[norm]
+
+
+def assert_allowed(found: Tensor, x: Tensor, eps: Tensor | float, norm: Norm, box: Box = (0.0, 1.0)) -> None:
+    """Finite, inside the ball as float64 sees it, inside the box as the dtype sees it."""
+    assert found.isfinite().all()
+    assert (lengths(found.double() - x.double(), norm) <= eps * (1 + 1e-6)).all()
+    assert torch.equal(found, found.clamp(*box))
+
+
+def test_every_exported_attack_has_a_row() -> None:
+    exported = [getattr(attacks, name) for name in attacks.__all__]
+    kinds = {kind for kind in exported if inspect.isclass(kind) and issubclass(kind, Attack)}
+    assert {kind for kind in kinds if not inspect.isabstract(kind)} == {type(row.attack) for row in TABLE}
+
+
+@every_attack
+def test_setting_has_samples_that_break_and_samples_that_hold(row: Row, norm: Norm) -> None:
+    """Without both, most of the tests below would show nothing."""
+    success = setting(norm).craft(row, norm).success
+    assert success is not None
+    assert 3 <= success.sum() <= 10
+
+
+@every_dtype
+@every_attack
+def test_stays_inside_ball_and_box(row: Row, norm: Norm, dtype: torch.dtype) -> None:
+    case = setting(norm, dtype)
+    found = case.craft(row, norm).x
+    assert_allowed(found, case.x, case.eps, norm)
+    assert not torch.equal(found, case.x)
+
+
+@every_dtype
+@every_attack
+def test_stays_inside_a_box_whose_faces_no_float_meets_exactly(row: Row, norm: Norm, dtype: torch.dtype) -> None:
+    box = (-0.3, 0.7)
+    case = setting(norm, dtype, box=box)
+    assert_allowed(case.craft(row, norm, box=box).x, case.x, case.eps, norm, box)
+
+
+@every_attack
+def test_uses_a_wider_box(row: Row, norm: Norm) -> None:
+    case = setting(norm, box=(-1.0, 1.0))
+    found = case.craft(row, norm, box=(-1.0, 1.0)).x
+    assert_allowed(found, case.x, case.eps, norm, (-1.0, 1.0))
+    assert (found != case.x)[case.x < 0].any()
+
+
+@every_dtype
+@every_attack
+def test_radius_zero_returns_the_input(row: Row, norm: Norm, dtype: torch.dtype) -> None:
+    case = setting(norm, dtype)
+    assert torch.equal(case.craft(row, norm, eps=0.0).x, case.x)
+    mixed = torch.where(torch.arange(ROWS_IN_BATCH) % 3 > 0, 10.0, 0.0)
+    found = case.craft(row, norm, eps=mixed).x
+    assert torch.equal(found[mixed == 0], case.x[mixed == 0])
+    assert (found != case.x).flatten(1).any(1)[mixed > 0].all()
+
+
+@every_attack
+def test_each_row_has_its_own_radius(row: Row, norm: Norm) -> None:
+    """A batch with (B,) radii is what each row gives alone with its number."""
+    case = setting(norm)
+    together = case.craft(row, norm)
+    for i in range(ROWS_IN_BATCH):
+        alone = case.rows([i]).craft(row, norm, eps=float(case.eps[i]))
+        torch.testing.assert_close(alone.x[0], together.x[i], rtol=0, atol=1e-9)
+
+
+@every_attack
+def test_leaves_no_trace(row: Row, norm: Norm) -> None:
+    case = setting(norm)
+    model, generator = case.model, torch.random.get_rng_state()
+    flags = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    wanted = [p.requires_grad for p in model.parameters()]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    inputs = [value.clone() for value in (case.x, case.y, case.eps, case.index)]
+    case.craft(row, norm)
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert (p.grad is None) if grad is None else torch.equal(p.grad, grad)
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    for given, before in zip((case.x, case.y, case.eps, case.index), inputs, strict=True):
+        assert torch.equal(given, before)
+        assert not given.requires_grad
+
+
+@every_attack
+def test_does_not_follow_a_graph_that_the_input_brings(row: Row, norm: Norm) -> None:
+    case = setting(norm)
+    found = replace(case, x=case.x.clone().requires_grad_()).craft(row, norm)
+    assert torch.equal(found.x, case.craft(row, norm).x)
+    assert not found.x.requires_grad
+
+
+@every_dtype
+@every_attack
+def test_result_has_the_kind_of_the_input(row: Row, norm: Norm, dtype: torch.dtype) -> None:
+    case = setting(norm, dtype)
+    found = case.craft(row, norm)
+    assert (found.x.dtype, found.x.device, found.x.shape) == (dtype, case.x.device, case.x.shape)
+    assert not found.x.requires_grad
+    kinds = {"success": torch.bool, "survived": torch.int64, "evaluations": torch.int64}
+    for name, kind in kinds.items():
+        value = getattr(found, name)
+        assert (value.dtype, tuple(value.shape)) == (kind, (ROWS_IN_BATCH,))
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@every_attack
+def test_the_rank_of_the_input_does_not_matter(row: Row, norm: Norm, shape: tuple[int, ...]) -> None:
+    case = setting(norm, shape=shape)
+    found = case.craft(row, norm).x
+    assert found.shape == case.x.shape
+    flat = replace(case, x=case.x.flatten(1)).craft(row, norm).x
+    torch.testing.assert_close(found.flatten(1), flat, rtol=0, atol=1e-12)
+
+
+@every_attack
+def test_batches_do_not_matter(row: Row, norm: Norm) -> None:
+    """Neither the order of the rows nor who else is in the batch, as long as the index goes with the row."""
+    case = setting(norm)
+    together = case.craft(row, norm)
+    order = torch.tensor([3, 9, 0, 11, 5, 1, 2, 8, 7, 10, 4, 6])
+    for batch in (*order.split(5), order[:1], order):
+        found = case.rows(batch).craft(row, norm)
+        torch.testing.assert_close(found.x, together.x[batch], rtol=0, atol=1e-9)
+        for name in ("success", "survived", "evaluations"):
+            assert torch.equal(getattr(found, name), getattr(together, name)[batch]), name
+
+
+@every_attack
+def test_seed_decides_what_is_random(row: Row, norm: Norm) -> None:
+    case = setting(norm)
+    found = case.craft(row, norm, seed=3)
+    torch.rand(5)
+    assert torch.equal(case.craft(row, norm, seed=3).x, found.x)
+    assert torch.equal(case.craft(row, norm, seed=4).x, found.x) is not row.random
+
+
+@every_attack
+def test_success_is_what_the_model_says_again(row: Row, norm: Norm) -> None:
+    case = setting(norm)
+    found = case.craft(row, norm)
+    assert found.success is not None
+    assert torch.equal(found.success, losses.misclassified(predicted(case.model, found.x), case.y))
+
+
+@every_attack
+def test_target_is_reached_where_it_says_so(row: Row, norm: Norm) -> None:
+    case = setting(norm)
+    target = (case.y + 1) % CLASSES
+    found = case.craft(row, norm, target=target, eps=4 * case.eps)
+    logits = predicted(case.model, found.x)
+    assert found.success is not None
+    assert torch.equal(found.success, logits.argmax(1) == target)
+    assert_allowed(found.x, case.x, 4 * case.eps, norm)
+    assert found.success[2:].any()
+
+
+@every_attack
+def test_unjudged_result_is_the_same_and_says_less(row: Row, norm: Norm) -> None:
+    case = setting(norm)
+    judged, unjudged = case.craft(row, norm), case.craft(row, norm, judge=False)
+    assert torch.equal(judged.x, unjudged.x)
+    assert torch.equal(judged.survived, unjudged.survived)
+    if row.judges:
+        assert unjudged.success is not None
+        assert torch.equal(judged.success, unjudged.success)
+    else:
+        assert unjudged.success is None
+
+
+@pytest.mark.parametrize("judge", [True, False])
+@every_attack
+def test_evaluations_are_the_forwards_and_backwards_made(row: Row, norm: Norm, judge: bool) -> None:
+    case = setting(norm)
+    counting = Counting(case.model)
+    found = replace(case, model=counting).craft(row, norm, judge=judge)
+    probe = 1  # one row, to see what kind of output the model has
+    assert found.evaluations.sum() == counting.forwards - probe + counting.backwards
+    if row.fixed_cost is not None:
+        assert (found.evaluations == row.fixed_cost + (judge and not row.judges)).all()
+
+
+@every_attack
+def test_survived_counts_the_iterates_before_the_flip(row: Row, norm: Norm) -> None:
+    case = setting(norm)
+    found = case.craft(row, norm, eps=0.0)
+    assert isinstance(row.attack, PGD)
+    runs = row.attack.steps * row.attack.restarts
+    assert found.survived.tolist() == [0, 0] + [runs] * (ROWS_IN_BATCH - 2)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+@every_attack
+def test_constant_inputs(row: Row, norm: Norm, level: float) -> None:
+    case = setting(norm)
+    x = torch.full_like(case.x, level)
+    found = replace(case, x=x).craft(row, norm).x
+    assert_allowed(found, x, case.eps, norm)
+    assert not torch.equal(found, x)
+
+
+@every_dtype
+@every_attack
+def test_radius_larger_than_the_box(row: Row, norm: Norm, dtype: torch.dtype) -> None:
+    case = setting(norm, dtype)
+    assert_allowed(case.craft(row, norm, eps=100.0).x, case.x, 100.0, norm)
+
+
+@every_attack
+def test_model_without_gradient_to_follow(row: Row, norm: Norm) -> None:
+    case = setting(norm)
+    flat = linear(torch.zeros(CLASSES, FEATURES, dtype=torch.float64), torch.arange(CLASSES))
+    found = replace(case, model=flat).craft(row, norm)
+    assert_allowed(found.x, case.x, case.eps, norm)
+    assert found.success is not None
+    assert torch.equal(found.success, case.y != CLASSES - 1)
+
+
+@every_attack
+def test_two_classes(row: Row, norm: Norm) -> None:
+    if isinstance(row.attack, PGD) and row.attack.loss is losses.dlr_loss:
+        pytest.skip("the ratio needs three classes, and says so: test_losses")
+    case = setting(norm, classes=2)
+    found = case.craft(row, norm)
+    assert_allowed(found.x, case.x, case.eps, norm)
+    assert found.success is not None
+    assert torch.equal(found.success, predicted(case.model, found.x).argmax(1) != case.y)
