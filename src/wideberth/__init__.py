@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wideberth import attacks, data, evaluation, losses, margins, models, reports
     from wideberth.checks import InputError
-    from wideberth.evaluation import Evaluation, evaluate
+    from wideberth.evaluation import Evaluation
+    from wideberth.evaluation.evaluate import evaluate
     from wideberth.models import load_model
     from wideberth.runs import Run
     from wideberth.training import objectives, radii, regularizers, schedules, weightings

@@ -63,8 +63,9 @@ def valid_inputs(x: Tensor, box: Box) -> None:
         raise InputError(f"x of shape {tuple(x.shape)}: must be (B, ...) with at least one sample")
     if not x.is_floating_point():
         raise InputError(f"x is {x.dtype}: must be floating point, in the box {list(box)}")
-    low, high = (v.item() for v in torch.aminmax(x))
-    if not (box[0] <= low and high <= box[1]):
+    low, high = torch.aminmax(x)
+    # Tensors, not numbers: a face of the box is what x's dtype makes of it, as it is where points are clamped.
+    if not (low >= box[0] and high <= box[1]):
         raise InputError(f"x spans [{low:.4g}, {high:.4g}]: must lie in the box {list(box)}")
 
 

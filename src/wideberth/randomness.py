@@ -96,10 +96,9 @@ class Noise:
         return _mix(key[:, None] + counter).view(len(key), *shape)
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """(B, *shape) in [0, 1), 24 random bits (53 for float64); drawn in float32 for lower precisions."""
-        if dtype == torch.float64:
-            return _shift(self.bits(shape), 11).to(dtype) * 2.0**-53
-        return (_shift(self.bits(shape), 40).to(torch.float32) * 2.0**-24).to(dtype)
+        """(B, *shape) in [0, 1), with as many random bits as the dtype holds (53 in float64, 24 in float32)."""
+        digits = 1 - int(math.log2(torch.finfo(dtype).eps))
+        return _shift(self.bits(shape), 64 - digits).to(dtype) * 2.0**-digits
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, *shape) standard normal, by Box and Muller from two uniforms of one draw."""

@@ -41,11 +41,15 @@ def network(features: int = 6, classes: int = 4, dtype: torch.dtype = torch.floa
         nn.Linear(16, classes),
     ).to(dtype)
     with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
-        for norm in (model[2], model[5]):
-            norm.running_mean.copy_(0.3 * torch.randn(16, generator=generator, dtype=torch.float64))
-            norm.running_var.copy_(1 + torch.rand(16, generator=generator, dtype=torch.float64))
+        for name, value in model.state_dict().items():
+            drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            if value.dim() == 2:
+                value.copy_(drawn)
+            elif name.endswith(("bias", "mean")):
+                value.copy_(0.2 * drawn)
+            elif name.endswith(("weight", "var")):
+                value.copy_(1 + 0.2 * drawn.abs())
+        model[1].bias.sub_(model[1].weight.sum(1) / 2)  # centred on the middle of the unit box
     model.train()
     model[5].eval()
     model[1].bias.requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from wideberth import attacks, losses
 from wideberth.attacks import FGSM, PGD, Adversarial, Attack, ScaledStep
 from wideberth.checks import Box, Norm
 
-ROWS_IN_BATCH, FEATURES, CLASSES = 12, 6, 4
+BATCH, FEATURES, CLASSES = 10, 6, 4
 SHAPES = ((6,), (2, 3), (1, 2, 3))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-RADIUS: dict[Norm, float] = {"linf": 0.06, "l2": 0.12, "l1": 0.25}
+RADIUS: dict[Norm, float] = {"linf": 0.14, "l2": 0.28, "l1": 0.6}
 """Radii at which every row of the table breaks some samples and not others."""
 
 
@@ -51,18 +52,36 @@ class Row:
 TABLE = (
     Row("fgsm", FGSM(), random=False, judges=False, fixed_cost=2),
     Row("fgsm-random", FGSM(start="uniform", step_size=ScaledStep(1.25)), random=True, judges=False, fixed_cost=2),
-    Row("pgd-uniform", PGD(steps=4), random=True, judges=False, fixed_cost=8),
-    Row("pgd-gaussian", PGD(steps=4, start="gaussian"), random=True, judges=False, fixed_cost=8),
-    Row("pgd-none", PGD(steps=4, start="none"), random=False, judges=False, fixed_cost=8),
-    Row("pgd-absolute-step", PGD(steps=4, step_size=0.03), random=True, judges=False, fixed_cost=8),
-    Row("pgd-floor", PGD(steps=4, step_size=ScaledStep(2, floor=0.02)), random=True, judges=False, fixed_cost=8),
-    Row("pgd-worst", PGD(steps=4, keep="worst"), random=True, judges=True, fixed_cost=9),
-    Row("pgd-first-flip", PGD(steps=4, keep="first_flip"), random=True, judges=True, fixed_cost=9),
-    Row("pgd-restarts", PGD(steps=3, restarts=3), random=True, judges=True, fixed_cost=None),
-    Row("pgd-restarts-worst", PGD(steps=3, restarts=2, keep="worst"), random=True, judges=True, fixed_cost=None),
-    Row("pgd-margin", PGD(steps=4, loss=losses.margin_loss), random=True, judges=False, fixed_cost=8),
-    Row("pgd-dlr", PGD(steps=4, loss=losses.dlr_loss, keep="worst"), random=True, judges=True, fixed_cost=9),
-    Row("pgd-user-loss", PGD(steps=4, loss=logit_of_label), random=True, judges=False, fixed_cost=8),
+    Row("pgd", PGD(steps=3), random=True, judges=False, fixed_cost=6),
+    Row(
+        "pgd-gaussian-worst-margin",
+        PGD(steps=3, start="gaussian", keep="worst", loss=losses.margin_loss),
+        random=True,
+        judges=True,
+        fixed_cost=7,
+    ),
+    Row(
+        "pgd-none-first-flip-absolute-step",
+        PGD(steps=3, start="none", keep="first_flip", step_size=0.1),
+        random=False,
+        judges=True,
+        fixed_cost=7,
+    ),
+    Row(
+        "pgd-user-loss-floor",
+        PGD(steps=3, loss=logit_of_label, step_size=ScaledStep(2, floor=0.05)),
+        random=True,
+        judges=False,
+        fixed_cost=6,
+    ),
+    Row("pgd-restarts", PGD(steps=2, restarts=3), random=True, judges=True, fixed_cost=None),
+    Row(
+        "pgd-restarts-worst-dlr",
+        PGD(steps=2, restarts=2, keep="worst", loss=losses.dlr_loss),
+        random=True,
+        judges=True,
+        fixed_cost=None,
+    ),
 )
 
 every_attack = pytest.mark.parametrize(
@@ -90,6 +109,7 @@ class Setting:
         return Setting(self.model, self.x[where], self.y[where], self.eps[where], self.index[where])
 
 
+@cache
 def setting(
     norm: Norm,
     dtype: torch.dtype = torch.float64,
@@ -99,15 +119,15 @@ def setting(
 ) -> Setting:
     """Inputs in the box, some entries on its faces; labels as predicted, except the first two; various radii."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(ROWS_IN_BATCH, *shape, generator=generator, dtype=torch.float64)
+    x = torch.rand(BATCH, *shape, generator=generator, dtype=torch.float64)
     x[0], x[1, ..., 0] = 0, 1
     x = (box[0] + (box[1] - box[0]) * x).to(dtype).clamp(*box)
     model = network(FEATURES, classes, dtype)
     y = predicted(model, x).argmax(1)
     y[:2] = (y[:2] + 1) % classes
-    scale = 0.5 + torch.arange(ROWS_IN_BATCH, dtype=torch.float64) % 4 / 2
+    scale = 0.5 + torch.arange(BATCH, dtype=torch.float64) % 4 / 2
     eps = (RADIUS[norm] * (box[1] - box[0]) * scale).to(torch.promote_types(dtype, torch.float32))
-    return Setting(model, x, y, eps, 100 + 7 * torch.arange(ROWS_IN_BATCH))
+    return Setting(model, x, y, eps, 100 + 7 * torch.arange(BATCH))
 
 
 def lengths(delta: Tensor, norm: Norm) -> Tensor:
@@ -134,7 +154,7 @@ def test_setting_has_samples_that_break_and_samples_that_hold(row: Row, norm: No
     """Without both, most of the tests below would show nothing."""
     success = setting(norm).craft(row, norm).success
     assert success is not None
-    assert 3 <= success.sum() <= 10
+    assert 3 <= success.sum() < BATCH - 2
 
 
 @every_dtype
@@ -167,10 +187,10 @@ def test_uses_a_wider_box(row: Row, norm: Norm) -> None:
 def test_radius_zero_returns_the_input(row: Row, norm: Norm, dtype: torch.dtype) -> None:
     case = setting(norm, dtype)
     assert torch.equal(case.craft(row, norm, eps=0.0).x, case.x)
-    mixed = torch.where(torch.arange(ROWS_IN_BATCH) % 3 > 0, 10.0, 0.0)
+    mixed = torch.where(torch.arange(BATCH) % 3 > 0, 10.0, 0.0)
     found = case.craft(row, norm, eps=mixed).x
     assert torch.equal(found[mixed == 0], case.x[mixed == 0])
-    assert (found != case.x).flatten(1).any(1)[mixed > 0].all()
+    assert (found != case.x).flatten(1).any(1)[2:][mixed[2:] > 0].all()
 
 
 @every_attack
@@ -178,7 +198,7 @@ def test_each_row_has_its_own_radius(row: Row, norm: Norm) -> None:
     """A batch with (B,) radii is what each row gives alone with its number."""
     case = setting(norm)
     together = case.craft(row, norm)
-    for i in range(ROWS_IN_BATCH):
+    for i in (0, 4, 7):
         alone = case.rows([i]).craft(row, norm, eps=float(case.eps[i]))
         torch.testing.assert_close(alone.x[0], together.x[i], rtol=0, atol=1e-9)
 
@@ -222,7 +242,7 @@ def test_result_has_the_kind_of_the_input(row: Row, norm: Norm, dtype: torch.dty
     kinds = {"success": torch.bool, "survived": torch.int64, "evaluations": torch.int64}
     for name, kind in kinds.items():
         value = getattr(found, name)
-        assert (value.dtype, tuple(value.shape)) == (kind, (ROWS_IN_BATCH,))
+        assert (value.dtype, tuple(value.shape)) == (kind, (BATCH,))
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
@@ -240,8 +260,8 @@ def test_batches_do_not_matter(row: Row, norm: Norm) -> None:
     """Neither the order of the rows nor who else is in the batch, as long as the index goes with the row."""
     case = setting(norm)
     together = case.craft(row, norm)
-    order = torch.tensor([3, 9, 0, 11, 5, 1, 2, 8, 7, 10, 4, 6])
-    for batch in (*order.split(5), order[:1], order):
+    order = torch.tensor([3, 9, 0, 5, 1, 2, 8, 7, 4, 6])
+    for batch in (order, order[:4], order[4:5]):
         found = case.rows(batch).craft(row, norm)
         torch.testing.assert_close(found.x, together.x[batch], rtol=0, atol=1e-9)
         for name in ("success", "survived", "evaluations"):
@@ -274,7 +294,7 @@ def test_target_is_reached_where_it_says_so(row: Row, norm: Norm) -> None:
     assert found.success is not None
     assert torch.equal(found.success, logits.argmax(1) == target)
     assert_allowed(found.x, case.x, 4 * case.eps, norm)
-    assert found.success[2:].any()
+    assert found.success.any()
 
 
 @every_attack
@@ -308,7 +328,7 @@ def test_survived_counts_the_iterates_before_the_flip(row: Row, norm: Norm) -> N
     found = case.craft(row, norm, eps=0.0)
     assert isinstance(row.attack, PGD)
     runs = row.attack.steps * row.attack.restarts
-    assert found.survived.tolist() == [0, 0] + [runs] * (ROWS_IN_BATCH - 2)
+    assert found.survived.tolist() == [0, 0] + [runs] * (BATCH - 2)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])

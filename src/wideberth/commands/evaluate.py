@@ -13,11 +13,11 @@ from torch import nn
 from wideberth.attacks import SUITES
 from wideberth.checks import InputError, Norm, choice
 from wideberth.commands.parsing import call, print_to_terminal
+from wideberth.configuration import construct as construct
+from wideberth.configuration import import_object
 from wideberth.data import Data
 from wideberth.evaluation import Evaluation, evaluate
 from wideberth.models import load_model
-from wideberth.models.paths import call as construct
-from wideberth.models.paths import import_object
 from wideberth.runs import Run
 
 

@@ -79,7 +79,8 @@ def parse(command: str, function: Callable[..., Any], words: Sequence[str], many
     if many:
         parser.add_argument(many, nargs="+")
     parser.add_function_arguments(function, skip={many} if many else set(), as_positional=True)
-    return parser.instantiate_classes(parser.parse_args(list(words)))
+    ready: Namespace = parser.instantiate_classes(parser.parse_args(list(words)))
+    return ready
 
 
 def call(command: str, function: Callable[..., Any], words: Sequence[str], many: str | None = None) -> None:

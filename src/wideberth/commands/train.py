@@ -34,7 +34,7 @@ def train_from(words: Sequence[str]) -> Run:
     config = made.parse_args(recipe_paths(words))
     torch.manual_seed(config.seed)  # the weights are drawn when the model is made
     ready = made.instantiate_classes(config)
-    arguments: dict[str, Any] = {name: ready[name] for name in ready.keys() if "." not in name and name != "config"}
+    arguments: dict[str, Any] = {name: ready[name] for name in vars(ready) if "." not in name and name != "config"}
     record = yaml.safe_load(made.dump(config, skip_none=False))
     for passing in ("config", "resume", "overwrite"):
         record.pop(passing, None)

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wideberth.checks import Box, InputError, at_least
+from wideberth.configuration import Described
 from wideberth.data.splits import InMemory, Lazy, Source, Split
 from wideberth.randomness import fold, permutation
 
 
-class Data(ABC):
+class Data(Described, ABC):
     """A classification data set, read when first asked for and kept.
 
     A subclass sets `classes`, `shape` (of one input) and `box`, checks its arguments on construction as far as that
@@ -59,7 +60,7 @@ class Data(ABC):
         Where reading takes long, a source may end at the row limit; it may not begin elsewhere.
         """
 
-    def prepare(self) -> None:  # noqa: B027 (most data sets have nothing to fetch)
+    def prepare(self) -> None:
         """Fetch what has to be downloaded; with several processes, call it on one of them first."""
 
     def train(self) -> Split:

@@ -18,8 +18,8 @@ from wideberth import checks, geometry, losses, margins
 from wideberth.attacks import Attack
 from wideberth.attacks import suite as named_suite
 from wideberth.checks import Box, InputError, Norm
+from wideberth.configuration import describe
 from wideberth.data import Data, Split
-from wideberth.describe import describe
 from wideberth.evaluation.record import Evaluation
 from wideberth.evaluation.verify import verify
 from wideberth.modes import borrowed
@@ -94,6 +94,8 @@ def evaluate(
             bar.update(task, advance=len(table), description=found)
     samples = pd.concat(tables, ignore_index=True)
     protocol = {
+        "data": describe(data) if isinstance(data, Data) else type(data).__name__,
+        "split": "test" if isinstance(data, Data) else "given",
         "norm": norm,
         "eps": float(eps),
         "box": list(box),

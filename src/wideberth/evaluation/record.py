@@ -68,7 +68,7 @@ class Evaluation:
         out = Path(out)
         write_atomically(out / "evaluation.parquet", lambda file: self.samples.to_parquet(file))
         text = json.dumps(self.summary(), indent=2)
-        write_atomically(out / "evaluation.json", lambda file: file.write_text(text) and None)
+        write_atomically(out / "evaluation.json", lambda file: file.write_text(text))
         return out
 
     @classmethod

@@ -57,7 +57,8 @@ def measure(
         InputError: for a norm, labels or logits that cannot be used.
     """
     checks.norm_name(norm)
-    parts = [_measure(model, xs, ys, norm) for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True)]
+    begins = range(0, len(x), batch_size)
+    parts = [_measure(model, x[b : b + batch_size], y[b : b + batch_size], norm) for b in begins]
     margin, weight, nearest = (torch.cat(column) for column in zip(*parts, strict=True))
     return margin, weight, nearest
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth.checks import InputError, at_least
-from wideberth.models.paths import call, import_object, parse_call
+from wideberth.configuration import construct, import_object, parse_call
 
 Activation: TypeAlias = str | Callable[[], nn.Module]
 
@@ -83,11 +83,11 @@ def activation(name: Activation) -> nn.Module:
                 f"activation={name!r}: accepted are {', '.join(ACTIVATIONS)}, "
                 "or an import path such as torch.nn.Softplus(beta=10)"
             )
-        layer = call(import_object(path), path, *args, **kwargs)
+        layer = construct(import_object(path), path, *args, **kwargs)
     elif isinstance(name, nn.Module):
         raise InputError(f"activation={name!r}: is one layer, must be what makes a new one, such as its class")
     else:
-        layer = call(name, f"activation {name!r}")
+        layer = construct(name, f"activation {name!r}")
     if not isinstance(layer, nn.Module):
         raise InputError(f"activation={name!r}: must give an nn.Module, gave {type(layer).__name__}")
     if "inplace" in vars(layer):

@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from wideberth.checks import InputError
+from wideberth.configuration import Described, construct
 from wideberth.models.layers import Normalize
-from wideberth.models.paths import call
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class LibraryModel(nn.Module):
+class LibraryModel(Described, nn.Module):
     """A network of another library as `net`, behind `normalize`, so that it takes inputs in [0, 1].
 
     Penalties on input gradients differentiate twice, which torch's fast attention cannot: compute them for
@@ -62,7 +62,7 @@ class Torchvision(LibraryModel):
         if name not in names:
             raise InputError(_unknown("torchvision", name, names))
         arguments = _arguments(classes, options)
-        net = call(models.get_model, f"torchvision/{name}", name, weights=None, **arguments)
+        net = construct(models.get_model, f"torchvision/{name}", name, weights=None, **arguments)
         super().__init__(net, mean, std)
 
 
@@ -97,7 +97,7 @@ class Timm(LibraryModel):
         if not timm.is_model(name):
             raise InputError(_unknown("timm", name, timm.list_models()))
         arguments = _arguments(classes, options)
-        net = call(timm.create_model, f"timm/{name}", name, pretrained=False, **arguments)
+        net = construct(timm.create_model, f"timm/{name}", name, pretrained=False, **arguments)
         recorded: Mapping[str, Any] = net.pretrained_cfg
         super().__init__(net, mean or recorded.get("mean", IMAGENET_MEAN), std or recorded.get("std", IMAGENET_STD))
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from wideberth.checks import InputError
+from wideberth.configuration import construct, import_object, one_line, parse_call
 from wideberth.models.libraries import LibraryModel, Timm, Torchvision
-from wideberth.models.paths import call, import_object, one_line, parse_call
 from wideberth.runs import Run, write_atomically
 
 FORMS = (
@@ -132,7 +132,7 @@ def _by_name(spec: str, classes: int | None) -> nn.Module:
     if slash:
         raise InputError("no such directory or file")
     path, args, kwargs = parse_call(spec)
-    return _model(call(_find(path), path, *args, **kwargs), path)
+    return _model(construct(_find(path), path, *args, **kwargs), path)
 
 
 def _find(path: str) -> Any:
@@ -163,7 +163,7 @@ def _construct(spec: Mapping[str, Any]) -> Any:
         for name, value in arguments.items()
     }
     path = spec["class_path"]
-    return call(_find(path), path, **built)
+    return construct(_find(path), path, **built)
 
 
 def _model(made: Any, path: str) -> nn.Module:

@@ -8,6 +8,7 @@ from math import sqrt
 from torch import Tensor, nn
 
 from wideberth.checks import InputError, at_least
+from wideberth.configuration import Described
 from wideberth.models.layers import Activation, activation, normalization, valid_shape
 
 
@@ -34,7 +35,7 @@ class PreActBlock(nn.Module):
         return out
 
 
-class _PreActNet(nn.Module):
+class _PreActNet(Described, nn.Module):
     """Stem, stages of pre-activation blocks (all but the first halve the image), norm, activation, average, linear."""
 
     def __init__(

@@ -8,10 +8,11 @@ from math import prod
 from torch import Tensor, nn
 
 from wideberth.checks import at_least
+from wideberth.configuration import Described
 from wideberth.models.layers import Activation, activation, normalization, valid_shape
 
 
-class MLP(nn.Module):
+class MLP(Described, nn.Module):
     """A multi-layer perceptron on flattened inputs of any shape.
 
     Args:
@@ -53,7 +54,7 @@ class MLP(nn.Module):
         return logits
 
 
-class ConvNet(nn.Module):
+class ConvNet(Described, nn.Module):
     """A plain convolutional network: stages that halve the image and double the channels, then an average.
 
     Each stage is a 3x3 convolution and a 3x3 convolution of stride 2, with `width`, 2 `width`, 4 `width`, ... channels.

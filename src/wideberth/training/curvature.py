@@ -61,6 +61,9 @@ _CONSTANT: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 class _ConstantRegions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_function__(
         self,
         func: Callable[..., Any],

@@ -195,14 +195,23 @@ class RobustTraining(L.LightningModule):
         schedule = {"scheduler": self.scheduler(optimizer), "interval": self.scheduler_interval}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After an epoch's last batch, give every rank the radii that the others moved."""
+        if self.trainer.is_last_batch:
+            self._synchronise()
+
     def on_train_epoch_end(self) -> None:
-        """Stop on a loss that was not finite; give every rank the radii that the others moved."""
+        """Stop on a loss that was not finite, before a checkpoint is written."""
         self._refuse_bad_steps()
+
+    def _synchronise(self) -> None:
+        """Each sample is visited by one rank in an epoch: what that rank learned of it holds for all."""
         if self.trainer.world_size > 1 and len(self.radius.radii):
-            mine = torch.where(self.visited, self.radius.radii, 0)
-            visits = self.all_gather(self.visited).sum(0)
-            moved = self.all_gather(mine).sum(0) / visits.clamp_min(1)
-            self.radius.radii.copy_(torch.where(visits > 0, moved, self.radius.radii))
+            learned = self.trainer.strategy.reduce(torch.where(self.visited, self.radius.radii, 0), reduce_op="sum")
+            visits = self.trainer.strategy.reduce(self.visited.to(torch.float32), reduce_op="sum")
+            assert isinstance(learned, Tensor)
+            assert isinstance(visits, Tensor)
+            self.radius.radii.copy_(torch.where(visits > 0, learned / visits.clamp_min(1), self.radius.radii))
         self.visited.zero_()
 
     def _watch(self, loss: Tensor) -> None:

@@ -74,7 +74,7 @@ class Recorder(L.Callback):
             history = pd.concat(self._radii, ignore_index=True)
             write_atomically(self.out / "radii.parquet", lambda file: history.to_parquet(file))
         if self.console is not None:
-            self.console.print(summary(row, trainer.max_epochs), highlight=False)
+            self.console.print(summary(row, trainer.max_epochs), highlight=False, soft_wrap=True)
 
     def _radius_columns(self, trainer: L.Trainer, module: RobustTraining) -> dict[str, float]:
         radii = training_radii(module)
@@ -149,7 +149,7 @@ class KeepLast(Checkpoint):
             if trainer.is_global_zero:
                 fresh.replace(last)
                 if better:
-                    write_atomically(self.folder / "best.ckpt", lambda file: shutil.copyfile(last, file) and None)
+                    write_atomically(self.folder / "best.ckpt", lambda file: shutil.copyfile(last, file))
         finally:
             if trainer.is_global_zero:
                 fresh.unlink(missing_ok=True)

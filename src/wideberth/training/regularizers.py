@@ -111,7 +111,7 @@ class EffectiveMargin(Regularizer):
             direction = noise.fold("projection", draw).normal((classes,), logits.dtype)
             direction = direction / direction.norm(dim=1, keepdim=True)
             total = total + squared_norm((direction * logits).sum(1), point)
-        return total * (classes / self.draws)
+        return total.mul(classes / self.draws)
 
 
 class InputGradient(Regularizer):

@@ -21,8 +21,8 @@ from torch import nn
 from wideberth import checks
 from wideberth.attacks import PGD, Attack
 from wideberth.checks import InputError
+from wideberth.configuration import describe
 from wideberth.data import Augmentation, Data, Split, loader
-from wideberth.describe import describe
 from wideberth.models import save_weights
 from wideberth.modes import Mode, borrowed
 from wideberth.runs import Run, write_atomically
@@ -77,7 +77,7 @@ def train(
         scheduler: makes the learning-rate schedule from the optimizer.
         scheduler_interval: whether it steps every "epoch" or every "step".
         epochs: passes over the training rows.
-        batch_size: rows a step, on each device.
+        batch_size: rows a step, over all devices together.
         attack_mode: the mode of the model under attack.
         seed: of everything random in training; a run is a function of it.
         workers: processes that load data.
@@ -100,6 +100,7 @@ def train(
     checks.at_least("batch_size", batch_size, 1)
     arguments = {name: value for name, value in locals().items() if name not in ("config", "resume", "overwrite")}
     out = Path(out)
+    data.prepare()
     split, held_out = data.train(), data.validation()
     attack = PGD(box=data.box) if attack is None else attack
     check_model(model, split, data)
@@ -113,14 +114,16 @@ def train(
         out / "config.yaml", lambda file: file.write_text(yaml.safe_dump(record, sort_keys=False)) and None
     )
     if channels_last:
-        module.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.model.to(memory_format=torch.channels_last)
     with quiet():
         engine = _engine(out, module, _probe(held_out or split, probe), epochs, progress, trainer or {})
     checkpoint = Run(out).checkpoint if resume else None
+    # Lightning makes the first iterator before it announces the epoch: workers would read ahead in the wrong one.
+    epoch = 0 if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"] + 1
     with quiet():
         engine.fit(
             module,
-            loader(split, batch_size, shuffle=True, seed=seed, workers=workers),
+            loader(split, batch_size, shuffle=True, seed=seed, workers=workers, epoch=epoch),
             None if held_out is None else loader(held_out, batch_size, shuffle=False, workers=workers),
             ckpt_path=None if checkpoint is None else str(checkpoint),
             weights_only=True,
@@ -246,7 +249,7 @@ def export(out: Path, module: RobustTraining, split: Split) -> None:
     if len(radii):
         samples["radius"] = radii
         arrays = extremes(split, radii)
-        write_atomically(out / "extremes.npz", lambda file: np.savez_compressed(file, **arrays))
+        write_atomically(out / "extremes.npz", lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
     write_atomically(out / "samples.parquet", lambda file: samples.to_parquet(file))
     save_weights(module.model, out / "model.safetensors")  # last: its presence says that the run is finished
 

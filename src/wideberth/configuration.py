@@ -1,14 +1,15 @@
-"""Objects by import path, with arguments read as literals: how configuration and command line name user code."""
+"""Objects and their configuration: named by import path, built from arguments, described as {class_path, init_args}."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from wideberth.checks import InputError
 
@@ -70,7 +71,7 @@ def import_object(path: str) -> Any:
     return found
 
 
-def call(factory: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
+def construct(factory: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
     """What `factory` returns for these arguments, with its refusals as one line.
 
     Raises:
@@ -110,3 +111,59 @@ def _import_module(name: str) -> Any:
             return importlib.import_module(name)
     except Exception as error:  # user code may raise anything while being imported
         raise InputError(f"{name!r}: cannot be imported: {one_line(error)}") from error
+
+
+class Described:
+    """Keeps the arguments it was made with, so that `describe` can name them all; mixed into models and data sets."""
+
+    given_args: tuple[Any, ...]
+    given_kwargs: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make the object, and remember."""
+        made = super().__new__(cls)
+        object.__setattr__(made, "given_args", args)
+        object.__setattr__(made, "given_kwargs", kwargs)
+        return made
+
+
+def describe(value: Any) -> Any:
+    """A plain value (numbers, strings, lists, dicts) that says what `value` is.
+
+    Objects become {class_path, init_args}, where an argument's value is read from the attribute of the same name;
+    arguments that an object does not keep are left out. Functions become their import path.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [describe(item) for item in value]
+    if inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    kind = type(value)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": _arguments(value)}
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    if isinstance(value, Described):
+        given = inspect.signature(type(value).__init__).bind(value, *value.given_args, **value.given_kwargs)
+        given.apply_defaults()
+        kinds = given.signature.parameters
+        kept: dict[str, Any] = {}
+        for name, item in list(given.arguments.items())[1:]:
+            kept |= item if kinds[name].kind is inspect.Parameter.VAR_KEYWORD else {name: item}
+    else:
+        if dataclasses.is_dataclass(value):
+            names = [field.name for field in dataclasses.fields(value) if field.init]
+        else:
+            names = [name for name in inspect.signature(type(value).__init__).parameters if name != "self"]
+        kept = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return {name: describe(item) for name, item in kept.items() if _is_configuration(item)}
+
+
+def _is_configuration(item: Any) -> bool:
+    """Arrays, networks and bound methods are content, not configuration."""
+    return not (inspect.ismethod(item) or hasattr(item, "__array__") or hasattr(item, "state_dict"))
