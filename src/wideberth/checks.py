@@ -70,9 +70,9 @@ def valid_inputs(x: Tensor, box: Box) -> None:
 
 
 def valid_labels(y: Tensor, batch: int, classes: int) -> None:
-    """Refuse labels that are not one integer class in 0..classes-1 per sample (`InputError`)."""
-    if tuple(y.shape) != (batch,) or y.is_floating_point():
-        raise InputError(f"y of shape {tuple(y.shape)} and {y.dtype}: must be ({batch},) integer classes")
+    """Refuse labels that are not one int64 class in 0..classes-1 per sample (`InputError`)."""
+    if tuple(y.shape) != (batch,) or y.dtype != torch.int64:
+        raise InputError(f"y of shape {tuple(y.shape)} and {y.dtype}: must be ({batch},) classes, torch.int64")
     low, high = (int(v) for v in torch.aminmax(y))
     if low < 0 or high >= classes:
         raise InputError(f"labels span {low}..{high}: the model has {classes} classes, so 0..{classes - 1}")

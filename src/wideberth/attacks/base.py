@@ -76,6 +76,8 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> tuple[
         values = loss(logits, y)
         if not values.requires_grad:
             raise InputError("the model's output carries no gradient to its input: gradient attacks cannot run")
+        if values.shape != y.shape:
+            raise InputError(f"the loss returned shape {tuple(values.shape)}: must be one loss per sample, ({len(y)},)")
         # Summed, not averaged: row i of the gradient belongs to sample i alone.
         (gradient,) = torch.autograd.grad(values.sum(), point, materialize_grads=True)
     return logits.detach(), values.detach(), gradient
@@ -122,8 +124,8 @@ class Attack(ABC):
         """Craft the worst points found within `eps` of `x`.
 
         Args:
-            model: maps (B, ...) to logits (B, K >= 2). Its flags, buffers, gradients and the global random state are
-                left as they were; `mode` is what it is attacked in.
+            model: maps (B, ...) to logits (B, K >= 2). Its flags, gradients, buffers and the global random state are
+                left as they were, except that layers attacked in train mode update statistics and draw dropout.
             x: (B, ...) floating point in the box.
             y: (B,) integer labels.
             eps: one radius, or (B,) radii; a row with radius 0 comes back bit for bit.

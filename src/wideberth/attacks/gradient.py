@@ -100,6 +100,11 @@ class PGD(Attack):
         """One forward and one input gradient at `state.point`, then one step uphill."""
         logits, value, gradient = input_gradient(model, state.point, problem.y, loss)
         state = self._remember(problem, state, logits, value)
+        if self.norm == "l1":
+            # The one entry that moves must have room: at a face of the box, outward would leave the point where it is.
+            low, high = self.box
+            stuck = torch.where(gradient > 0, state.point >= high, state.point <= low)
+            gradient = gradient.masked_fill(stuck, 0)
         size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
         stride = geometry.column(geometry.per_sample(size, problem.x), problem.x)
         delta = (state.point - problem.x) + stride * geometry.steepest(gradient, self.norm)

@@ -68,8 +68,13 @@ def evaluate(
     """
     checks.norm_name(norm)
     checks.valid_eps(eps, 1)
+    checks.at_least("batch_size", batch_size, 1)
+    if rows is not None:
+        checks.at_least("rows", rows, 1)
     box = (data.box if isinstance(data, Data) else (0.0, 1.0)) if box is None else box
     line_up = named_suite(suite, norm, box) if isinstance(suite, str) else dict(suite)
+    if not line_up:
+        raise InputError("suite: holds no attack, and nothing would count as broken")
     for name, attack in line_up.items():
         if attack.norm != norm or tuple(attack.box) != tuple(box):
             raise InputError(
@@ -174,7 +179,11 @@ def _stages(samples: pd.DataFrame, line_up: Mapping[str, Attack], spent: Mapping
 
 
 def _length(source: Any) -> int:
-    return len(source[0]) if isinstance(source, tuple) else len(source)
+    if not isinstance(source, tuple):
+        return len(source)
+    if len(source) != 2 or len(source[0]) != len(source[1]):
+        raise InputError(f"data: tensors of lengths {[len(part) for part in source]}: must be (x, y), one label each")
+    return len(source[0])
 
 
 def _batches(source: Any, total: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

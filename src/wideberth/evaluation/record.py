@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +61,9 @@ class Evaluation:
         }
         for name in ("effective_margin", "effective_weight_norm"):
             if name in table:
-                told[name] = {"median": float(table[name].median()), "mean": float(table[name].mean())}
+                values = {"median": float(table[name].median()), "mean": float(table[name].mean())}
+                # JSON has no infinity, which is what the margin is where the gradient is zero.
+                told[name] = {key: value if math.isfinite(value) else None for key, value in values.items()}
         return told
 
     def save(self, out: str | Path) -> Path:

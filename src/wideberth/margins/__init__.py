@@ -57,6 +57,8 @@ def measure(
         InputError: for a norm, labels or logits that cannot be used.
     """
     checks.norm_name(norm)
+    if len(x) == 0 or len(y) != len(x):
+        raise checks.InputError(f"{len(x)} inputs and {len(y)} labels: must be as many, and at least one")
     begins = range(0, len(x), batch_size)
     parts = [_measure(model, x[b : b + batch_size], y[b : b + batch_size], norm) for b in begins]
     margin, weight, nearest = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -69,6 +71,8 @@ def _measure(model: nn.Module, x: Tensor, y: Tensor, norm: Norm) -> tuple[Tensor
         logits = model(point)
         checks.valid_logits(logits, len(x))
         checks.valid_labels(y, len(x), logits.shape[1])
+        if not logits.requires_grad:
+            raise checks.InputError("the model's output carries no gradient to its input: its margin is not to be seen")
         others = torch.argsort(logits.detach().scatter(1, y[:, None], float("-inf")), dim=1, descending=True)[:, :-1]
         margins, weights = [], []
         for k in others.T:  # one other class per sample at a time: memory stays that of one gradient

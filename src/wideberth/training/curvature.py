@@ -61,9 +61,6 @@ _CONSTANT: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 class _ConstantRegions(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -71,7 +68,8 @@ class _ConstantRegions(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return _CONSTANT.get(func, func)(*args, **(kwargs or {}))
+        run: Callable[..., Any] = _CONSTANT.get(func, func)
+        return run(*args, **(kwargs or {}))
 
 
 @contextmanager
