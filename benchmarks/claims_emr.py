@@ -4,7 +4,7 @@ Standard training of an MLP 784-300-100 without batch norm on the first 10,000 t
 first 1,000 test rows by PGD-20 in linf 0.1 on margin and cross-entropy. One row per regularizer: mean over the seeds,
 the spread from lowest to highest in brackets.
 
-    uv run python benchmarks/claims_emr.py --data ../shared/data/mnist --out runs/claims_emr
+    uv run python benchmarks/claims_emr.py --data DATA --out runs/claims_emr
 """
 
 from __future__ import annotations

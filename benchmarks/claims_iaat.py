@@ -4,7 +4,7 @@ PGD-AT at several fixed radii traces a curve of clean against robust accuracy (a
 point; its gain is the height of that point above the curve, interpolated at the same robust accuracy. Same network,
 rows, epochs, optimizer and attack for all; lookahead spends three attacks a step instead of one.
 
-    uv run python benchmarks/claims_iaat.py --data ../shared/data/cifar10 --out runs/claims_iaat
+    uv run python benchmarks/claims_iaat.py --data DATA --out runs/claims_iaat
 
 Finished runs are kept in OUT/results.jsonl, so an interrupted benchmark continues where it was.
 """

@@ -34,7 +34,7 @@ def norm_name(norm: str) -> None:
 
 def at_least(name: str, value: float, least: float) -> None:
     """Refuse a number below `least` or not a number (`InputError`)."""
-    if not value >= least:
+    if not isinstance(value, Real) or not float(value) >= least:
         raise InputError(f"{name}={value}: must be at least {least}")
 
 
@@ -44,9 +44,9 @@ def valid_box(box: Sequence[float]) -> None:
         raise InputError(f"box={tuple(box)}: must be (low, high) with low < high")
 
 
-def valid_eps(eps: float | Tensor, batch: int) -> None:
-    """Refuse a radius that is not a finite number >= 0 or a (batch,) tensor of such (`InputError`)."""
-    if isinstance(eps, Tensor):
+def valid_eps(eps: float | Tensor, batch: int | None = None) -> None:
+    """Refuse a radius that is not a finite number >= 0 or, where there is a batch, a (batch,) tensor of such."""
+    if isinstance(eps, Tensor) and batch is not None:
         if eps.dim() and tuple(eps.shape) != (batch,):
             raise InputError(
                 f"eps of shape {tuple(eps.shape)}: must be a number or one radius per sample, shape ({batch},)"
@@ -54,7 +54,8 @@ def valid_eps(eps: float | Tensor, batch: int) -> None:
         if not bool(((eps >= 0) & torch.isfinite(eps)).all()):
             raise InputError("eps holds a negative or non-finite radius: every radius must be finite and >= 0")
     elif not isinstance(eps, Real) or not 0 <= float(eps) < float("inf"):
-        raise InputError(f"eps={eps!r}: must be a finite number >= 0, or a tensor of shape ({batch},)")
+        each = "" if batch is None else f", or a tensor of shape ({batch},)"
+        raise InputError(f"eps={eps!r}: must be a finite number >= 0{each}")
 
 
 def valid_inputs(x: Tensor, box: Box) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 COMMANDS = {
     "quickstart": "the papers' comparison in miniature on built-in data, ending in report.html",
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from wideberth.checks import InputError
 
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # classes of the user's own, named on the command line, may live here
     try:
         import_module(f"wideberth.commands.{name}").main(rest)
     except InputError as error:

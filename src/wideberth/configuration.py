@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import sys
@@ -143,6 +144,8 @@ def describe(value: Any) -> Any:
         return [describe(item) for item in value]
     if inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
         return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, functools.partial):
+        return {"class_path": describe(value.func), "init_args": describe(value.keywords)}
     kind = type(value)
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": _arguments(value)}
 

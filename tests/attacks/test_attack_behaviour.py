@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wideberth import losses
 from wideberth.attacks import FGSM, PGD, SUITES, Attack, ScaledStep, suite
+from wideberth.attacks.base import input_gradient
 from wideberth.checks import InputError
 
 LINE = linear(torch.tensor([[0.0], [1.0]], dtype=torch.float64), torch.tensor([0.35, 0.0]))
@@ -41,11 +42,7 @@ def test_keep_returns_the_furthest_iterate_of_an_unbroken_sample(keep: Any) -> N
 
 
 class Rightwards(torch.autograd.Function):
-    """Logits of one input in [0, 1] whose gradient always points to the right.
-
-    The margin loss of class 0 is highest among the unbroken points at 0.2; class 1 wins around 0.5, by less than it
-    loses elsewhere.
-    """
+    """Logits of one input in [0, 1], whose gradient always points to the right: class 1 wins around 0.5 only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -62,22 +59,39 @@ class March(nn.Module):
         return Rightwards.apply(x)
 
 
+def highest_at_a_fifth(logits: Tensor, y: Tensor) -> Tensor:
+    """A loss of `March` that is highest at 0.2, where the class is still right."""
+    return -(logits[:, 1] + 0.1).abs()
+
+
 @pytest.mark.parametrize(
-    ("keep", "eps", "point", "success"),
+    ("keep", "eps", "point", "success", "survived"),
     [
-        ("last", 1.0, 0.8, False),
-        ("worst", 1.0, 0.5, True),
-        ("first_flip", 1.0, 0.5, True),
-        ("worst", 0.4, 0.2, False),
-        ("last", 0.4, 0.4, False),
+        ("last", 1.0, 0.8, False, 5),
+        ("worst", 1.0, 0.5, True, 5),
+        ("first_flip", 1.0, 0.5, True, 5),
+        ("last", 0.4, 0.4, False, 8),
+        ("worst", 0.4, 0.2, False, 8),
+        ("first_flip", 0.4, 0.4, False, 8),
     ],
 )
 def test_worst_prefers_a_flip_to_a_loss_and_last_forgets_both(
-    keep: Any, eps: float, point: float, success: bool
+    keep: Any, eps: float, point: float, success: bool, survived: int
 ) -> None:
-    found = walk(steps=8, keep=keep, loss=losses.margin_loss)(March(), ORIGIN, ZERO, eps=eps)
+    found = walk(steps=8, keep=keep, loss=highest_at_a_fifth)(March(), ORIGIN, ZERO, eps=eps)
     assert found.x.item() == pytest.approx(point)
     assert found.success.tolist() == [success]
+    assert found.survived.tolist() == [survived]
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_input_gradient_is_that_of_each_sample_alone(batch: int) -> None:
+    weight = torch.tensor([[1.0, 2.0], [-3.0, 0.5]], dtype=torch.float64)
+    x, y = torch.rand(batch, 2, dtype=torch.float64), torch.arange(batch) % 2
+    logits, values, gradient = input_gradient(linear(weight), x, y, losses.margin_loss)
+    torch.testing.assert_close(gradient, weight[1 - y] - weight[y])
+    torch.testing.assert_close(values, losses.margin_loss(logits, y))
+    assert not any(t.requires_grad for t in (logits, values, gradient, x))
 
 
 def test_restarts_run_only_what_is_unbroken_and_keep_what_broke() -> None:

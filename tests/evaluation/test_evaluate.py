@@ -24,7 +24,11 @@ from wideberth.evaluation import Evaluation, evaluate, verify
 
 DUAL: dict[Norm, float] = {"linf": 1, "l2": 2, "l1": float("inf")}
 EPS: dict[Norm, float] = {"linf": 0.1, "l2": 0.2, "l1": 0.3}
-FAST: dict[str, Attack] = {"FGSM": FGSM(), "PGD": PGD(steps=3, restarts=2, keep="worst", loss=losses.margin_loss)}
+FAST: dict[str, Attack] = {
+    "FGSM": FGSM(step_size=0.05),
+    "PGD": PGD(steps=3, step_size=0.03, restarts=2, keep="worst", loss=losses.margin_loss),
+}
+"""Steps too short to reach the face of the ball from everywhere, so that the random start matters."""
 
 each_norm = pytest.mark.parametrize("norm", list(DUAL))
 
@@ -198,8 +202,7 @@ def test_radius_zero_gives_clean_accuracy(norm: Norm, model: nn.Sequential, samp
 
 
 def test_seed_is_all_that_randomness_depends_on(model: nn.Sequential, samples: tuple[Tensor, Tensor]) -> None:
-    suite = {"PGD": PGD(steps=1)}
-    tables = [evaluate(model, samples, eps=0.1, suite=suite, seed=seed).samples for seed in (0, 0, 1)]
+    tables = [evaluate(model, samples, eps=0.1, suite=FAST, seed=seed).samples for seed in (0, 0, 1)]
     assert_frame_equal(tables[0], tables[1])
     assert not tables[0]["distance"].equals(tables[2]["distance"])
 
@@ -371,9 +374,10 @@ def given(**change: Any) -> Mapping[str, Any]:
     ("change", "message"),
     [
         ({"norm": "l0"}, "norm='l0': accepted are linf, l2, l1"),
-        ({"eps": -0.1}, "eps=-0.1: must be a finite number >= 0"),
+        ({"eps": -0.1}, "eps=-0.1: must be"),
         ({"eps": float("nan")}, "eps=nan"),
-        ({"eps": torch.tensor([0.1, 0.2])}, "eps of shape (2,)"),
+        ({"eps": float("inf")}, "eps=inf: must be"),
+        ({"eps": torch.tensor([0.1, 0.2])}, "eps=tensor([0.1000, 0.2000]): must be"),
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"rows": 0}, "rows=0: must be at least 1"),
         ({"rows": -3}, "rows=-3: must be at least 1"),

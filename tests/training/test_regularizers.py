@@ -58,6 +58,7 @@ def convolutional(activation: type[nn.Module], pool: nn.Module, seed: int = 0) -
         for value in (norm.running_var, norm.weight.data):
             assert value is not None
             value.uniform_(0.5, 2)
+        model[8].weight.data.mul_(10)  # so that gradients are of order one
         return model.double()
 
     made: nn.Module = seeded(make, seed)
@@ -182,7 +183,7 @@ def test_parameter_gradients_are_finite_differences(estimator: str, net: str) ->
     assert value.item() == pytest.approx(penalty_without_graph(model, estimator, fixed, x, y).item(), rel=1e-10)
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
-    assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
+    assert any(gradient.abs().max() > 0.01 for gradient in gradients)
     generator = torch.Generator().manual_seed(2)
     size = 1e-5
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -195,7 +196,7 @@ def test_parameter_gradients_are_finite_differences(estimator: str, net: str) ->
             with torch.no_grad():
                 parameter.sub_(direction, alpha=sign * size)
         difference = (sides[0] - sides[1]) / (2 * size)
-        assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=1e-6, abs=1e-7)
+        assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=1e-6, abs=1e-9)
 
 
 # ---- manners --------------------------------------------------------------------------------------------------------

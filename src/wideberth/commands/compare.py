@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from wideberth.checks import InputError
 from wideberth.commands.parsing import call, print_to_terminal
 from wideberth.reports import comparison, render, trade_off
 from wideberth.runs import Run, write_atomically
@@ -18,6 +19,9 @@ def run(runs: list[str], out: str | None = None) -> None:
         out: the plot's file, .png, .svg or .pdf (default: trade_off.png beside the first run).
     """
     found = [Run(path) for path in runs]
+    for each in found:
+        if each.evaluation is None:
+            raise InputError(f"run {str(each.path)!r}: not evaluated yet; run `wideberth evaluate {each.path}` first")
     print_to_terminal(render(comparison(found)))
     target = Path(out) if out is not None else found[0].path.resolve().parent / "trade_off.png"
     figure = trade_off(found)

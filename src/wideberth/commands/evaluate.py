@@ -26,6 +26,8 @@ def subject(
 ) -> tuple[nn.Module, Data]:
     """The model on the best device at hand, and the data: the given one, or what the run was trained on."""
     folder = Path(model)
+    if not folder.exists() and ("/" in model and not model.startswith(("timm/", "torchvision/"))):
+        raise InputError(f"MODEL {model!r}: no such run or file")
     if data is None:
         recorded = Run(folder).config.get("data") if folder.is_dir() else None
         if recorded is None:

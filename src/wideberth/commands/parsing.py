@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,27 +46,90 @@ set_loader("fractions", load_yaml, exceptions=(yaml.YAMLError,))
 class Parser(ArgumentParser):
     """An argument parser whose errors are one line that says what, where and what would be right."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**({"parser_mode": "fractions"} | options))
+    def __init__(self, *, parser_mode: str = "fractions", allow_abbrev: bool = False, **options: Any) -> None:
+        super().__init__(parser_mode=parser_mode, allow_abbrev=allow_abbrev, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Refuse, in one line (`InputError`)."""
         if not self.exit_on_error:  # an inner parser, which tries one of several types
             super().error(message, ex)
-        line = " ".join(message.split())
-        raise InputError(line if len(line) <= 400 else line[:397] + "...") from None
+        raise InputError(shortened(message)) from None
+
+    def instantiate(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the objects; a value that one of them refuses is refused like any other (`InputError`)."""
+        try:
+            return super().instantiate(*args, **kwargs)
+        except InputError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise InputError(shortened(str(error))) from error
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The help, without the names of every module that is installed."""
+        text: str = super().format_help(*args, **kwargs)
+        return re.sub(r",\s+known\s+subclasses:[^)]*", "", text)
 
 
-def recipe_paths(words: Sequence[str]) -> list[str]:
-    """The words, with the name of a shipped recipe after --config replaced by its path."""
-    resolved: list[str] = []
-    for place, word in enumerate(words):
-        if word.startswith("--config="):
-            word = f"--config={config_path(word.removeprefix('--config='))}"
-        elif place and words[place - 1] == "--config":
-            word = str(config_path(word))
-        resolved.append(word)
-    return resolved
+_SCAFFOLD = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Given value|Problem with given|Parser key|Expected a <class 'NoneType'>"
+)
+
+
+def shortened(message: str, limit: int = 300) -> str:
+    """A parser's message, which may be a tree of attempts, as one line: the option, the complaints, what was given."""
+    lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
+    option = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
+    rest = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines]
+    complaints = dict.fromkeys(line for line in rest if line and not _SCAFFOLD.match(line))
+    given = [line.partition(": ")[2] for line in lines if re.match(r"Given value: (?!NestedArg|Namespace)", line)]
+    text = "; ".join(complaints)
+    text = re.sub(r"Expected a <class '(\w+)'>", r"expected a \1", text)
+    text = text.replace("Expected a dot import path string:", "there is no class")
+    text = re.sub(r"Expected a (?:typing\.)?Literal\[(.*?)\]\.", r"accepted are \1.", text)
+    got = f", got {given[0]}" if given and given[0] not in text else ""
+    line = f"{f'--{option}: ' if option else ''}{text}{got}"
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+_FRACTION = re.compile(rf"^(--[\w.+]+=)?({_NUMBER})/({_NUMBER})$")
+_CLASS = re.compile(r"^(--(\w+)\+?=)(\w+)$")
+_ROOMS = {
+    "model": "wideberth.models",
+    "data": "wideberth.data",
+    "attack": "wideberth.attacks",
+    "augment": "wideberth.data",
+    "radius": "wideberth.training.radii",
+    "objective": "wideberth.training.objectives",
+    "weighting": "wideberth.training.weightings",
+    "regularizers": "wideberth.training.regularizers",
+}
+
+
+def prepared(words: Sequence[str]) -> list[str]:
+    """The words with what people may write made what the parser reads.
+
+    `--eps 8/255` is a number, `--config digits/iaat` the file of a shipped recipe, and `--model MLP` a class of ours
+    (there may be others of that name among all that is installed).
+    """
+    before = ["", *words][: len(words)]
+    options = [f"{word}=" if word.startswith("--") and "=" not in word else "" for word in before]
+    return [_prepared(option, word) for option, word in zip(options, words, strict=True)]
+
+
+def _prepared(option: str, word: str) -> str:
+    """One word; `option` is the option it follows as a word of its own, with an equals sign, or empty."""
+    whole = f"{option}{word}"
+    if fraction := _FRACTION.match(whole):
+        above, below = float(fraction[2]), float(fraction[3])
+        return f"{'' if option else fraction[1] or ''}{above / below!r}" if below else word
+    if whole.startswith("--config="):
+        path = str(config_path(whole.removeprefix("--config=")))
+        return path if option else f"--config={path}"
+    if (named := _CLASS.match(whole)) and named[2] in _ROOMS:
+        room = _ROOMS[named[2]]
+        path = f"{room}.{named[3]}" if hasattr(import_module(room), named[3]) else named[3]
+        return path if option else f"{named[1]}{path}"
+    return word
 
 
 def config_path(name: str) -> Path:
@@ -79,7 +143,7 @@ def parse(command: str, function: Callable[..., Any], words: Sequence[str], many
     if many:
         parser.add_argument(many, nargs="+")
     parser.add_function_arguments(function, skip={many} if many else set(), as_positional=True)
-    ready: Namespace = parser.instantiate_classes(parser.parse_args(list(words)))
+    ready: Namespace = parser.instantiate(parser.parse_args(prepared(words)))
     return ready
 
 

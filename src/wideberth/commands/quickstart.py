@@ -41,7 +41,8 @@ def run(out: str = "runs/quickstart", epochs: int | None = None, overwrite: bool
             continue
         console.print(f"[bold]{place + 1}/{len(RECIPES)} {name}[/bold]: training (recipe digits/{recipe})")
         words = ["--config", f"digits/{recipe}", "--out", str(folder), "--overwrite"]
-        trained = train_from([*words, *([f"--epochs={epochs}"] if epochs else [])])
+        shorter = [f"--epochs={epochs}", f"--scheduler.init_args.T_max={epochs}"] if epochs else []
+        trained = train_from([*words, *shorter])
         model, data = subject(str(folder), None, None, None)
         console.print(f"{place + 1}/{len(RECIPES)} {name}: evaluating at linf {EPS}")
         found = evaluate(model, data, norm="linf", eps=EPS, progress=console.is_terminal)

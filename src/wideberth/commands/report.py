@@ -19,6 +19,8 @@ def run(runs: list[str], out: str | None = None, title: str | None = None) -> No
         title: its heading.
     """
     found = [Run(path) for path in runs]
+    for each in found:
+        _ = each.config  # refuses a directory that is no run
     home = found[0].path if len(found) == 1 else found[0].path.resolve().parent
     print(f"report: {write_report(found, Path(out) if out else home / 'report.html', title=title)}")
 

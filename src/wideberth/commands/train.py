@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 
 # Imported so that their classes can be named without a path.
 from wideberth import attacks, data, models  # noqa: F401
-from wideberth.commands.parsing import Parser, recipe_paths
+from wideberth.commands.parsing import Parser, prepared
 from wideberth.runs import Run
 from wideberth.training import objectives, radii, regularizers, weightings  # noqa: F401
 from wideberth.training.train import train
@@ -31,9 +32,9 @@ def parser() -> Parser:
 def train_from(words: Sequence[str]) -> Run:
     """Train by command-line words; the same path for a person, a recipe and the quickstart."""
     made = parser()
-    config = made.parse_args(recipe_paths(words))
+    config = made.parse_args(prepared(words))
     torch.manual_seed(config.seed)  # the weights are drawn when the model is made
-    ready = made.instantiate_classes(config)
+    ready = made.instantiate(config)
     arguments: dict[str, Any] = {name: ready[name] for name in vars(ready) if "." not in name and name != "config"}
     record = yaml.safe_load(made.dump(config, skip_none=False))
     for passing in ("config", "resume", "overwrite"):
@@ -44,4 +45,5 @@ def train_from(words: Sequence[str]) -> Run:
 def main(words: Sequence[str]) -> None:
     """Parse, train, and say what to do next."""
     run = train_from(words)
-    print(f"finished: {run.path}\nnext: wideberth evaluate {run.path} --norm linf --eps 8/255")
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the other processes of a distributed run keep quiet
+        print(f"finished: {run.path}\nnext: wideberth evaluate {run.path} --norm linf --eps 8/255")

@@ -67,7 +67,7 @@ def evaluate(
         InputError: for arguments, data or a model that cannot be used.
     """
     checks.norm_name(norm)
-    checks.valid_eps(eps, 1)
+    checks.valid_eps(eps)
     checks.at_least("batch_size", batch_size, 1)
     if rows is not None:
         checks.at_least("rows", rows, 1)

@@ -19,8 +19,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class LibraryModel(Described, nn.Module):
     """A network of another library as `net`, behind `normalize`, so that it takes inputs in [0, 1].
 
-    Penalties on input gradients differentiate twice, which torch's fast attention cannot: compute them for
-    transformers under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    Penalties on input gradients differentiate twice, which torch's fast attention cannot: the regularizers run
+    transformers under `training.curvature.twice_differentiable`, penalties of your own must too.
     """
 
     def __init__(self, net: nn.Module, mean: Iterable[float], std: Iterable[float]) -> None:

@@ -18,22 +18,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
-def _relu(x: Tensor, inplace: bool = False) -> Tensor:
-    return x * (x.detach() > 0)
+def _times(x: Tensor, slope: Tensor, inplace: bool) -> Tensor:
+    return x.mul_(slope) if inplace else x * slope  # in place: the caller may go on with the tensor it gave
 
 
-def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    return x * torch.where(x.detach() > 0, 1.0, negative_slope)
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    return _times(input, input.detach() > 0, inplace)
 
 
-def _max_pool2d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    # A slope of x's dtype: one of float32 would round it, and turn bfloat16 into float32.
+    slope = torch.ones_like(input).masked_fill_(input.detach() <= 0, negative_slope)
+    return _times(input, slope, inplace)
+
+
+def _max_pool2d(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     kwargs.pop("return_indices", None)
-    _, where = F.max_pool2d_with_indices(x.detach(), *args, **kwargs)
-    return x.flatten(-2).gather(-1, where.flatten(-2)).view_as(where)
+    _, where = F.max_pool2d_with_indices(input.detach(), *args, **kwargs)
+    return input.flatten(-2).gather(-1, where.flatten(-2)).view_as(where)
 
 
 def _batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -43,11 +49,11 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if training or running_mean is None or running_var is None:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(running_var + eps) if weight is None else weight * torch.rsqrt(running_var + eps)
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
-    channel = [1, -1, *[1] * (x.dim() - 2)]
-    return x * scale.view(channel) + shift.view(channel)
+    channel = [1, -1, *[1] * (input.dim() - 2)]
+    return input * scale.view(channel) + shift.view(channel)
 
 
 _CONSTANT: dict[Callable[..., Any], Callable[..., Tensor]] = {

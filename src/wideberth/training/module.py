@@ -135,7 +135,7 @@ class RobustTraining(L.LightningModule):
             self.radius.observe(step, payment.adversarial_logits)
         self.visited[step.index] = True
         self._watch(loss)
-        self._log(step, payment, loss, penalty)
+        self._log(step, payment, loss, penalty, perturbed=x_adv is not step.x)
         return loss
 
     def open(self, batch: Batch, batch_idx: int) -> Step:
@@ -230,13 +230,12 @@ class RobustTraining(L.LightningModule):
                 "the last good checkpoint is kept. Try a smaller learning rate or gradient_clip_val"
             )
 
-    def _log(self, step: Step, payment: Payment, loss: Tensor, penalty: Tensor) -> None:
+    def _log(self, step: Step, payment: Payment, loss: Tensor, penalty: Tensor, *, perturbed: bool) -> None:
         values = {"loss": loss.detach(), "penalty": penalty.detach()}
-        with torch.no_grad():
-            if payment.clean_logits is not None:
-                values["accuracy_clean"] = 1 - losses.misclassified(payment.clean_logits, step.y).float().mean()
-            if payment.adversarial_logits is not None:
-                broken = losses.misclassified(payment.adversarial_logits, step.y)
-                values["accuracy_adversarial"] = 1 - broken.float().mean()
+        # Without a perturbation, the logits at the adversarial points are those at the clean ones.
+        adversarial = "accuracy_adversarial" if perturbed else "accuracy_clean"
+        for name, logits in ((adversarial, payment.adversarial_logits), ("accuracy_clean", payment.clean_logits)):
+            if logits is not None:
+                values[name] = 1 - losses.misclassified(logits.detach(), step.y).float().mean()
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(step.y))
-        self.log("loss_now", loss.detach(), prog_bar=True, on_step=True, on_epoch=False)
+        self.log("loss_now", values["loss"], prog_bar=True, on_step=True, on_epoch=False)

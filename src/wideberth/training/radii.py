@@ -6,7 +6,8 @@ A policy is a module, so that what it remembers per sample lies in buffers: on t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,15 @@ class Radius(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("radii", torch.zeros(0))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to its device, but not to half precision, in which a radius would not feel its steps."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.is_floating_point() and moved.dtype.itemsize < 4 else moved
+
+        return super()._apply(wide, recurse)
 
     def allocate(self, size: int) -> None:
         """Make room for what is remembered about `size` samples; called once, before training."""
@@ -137,6 +147,8 @@ class InstanceAdaptive(Radius):
                 checks.at_least(name, value, 0)
         if beta > 1:
             raise checks.InputError(f"beta={beta}: a share, must be in [0, 1]")
+        if maximum is not None and maximum < eps:
+            raise checks.InputError(f"maximum={maximum}: below eps={eps}, where every radius starts")
         self.eps, self.rule, self.gamma, self.beta = eps, rule, gamma, beta
         self.warmup, self.maximum, self.misclassified = warmup, maximum, misclassified
 
@@ -180,7 +192,8 @@ class InstanceAdaptive(Radius):
         further = step.attack(radius + self.gamma, "lookahead further", judge=True).success
         assert now is not None
         assert further is not None
-        return lookahead_update(radius, ~now, ~further, self.gamma, self.beta)
+        # What is wrong at the clean input holds nowhere, even where an attack happens to put it right.
+        return lookahead_update(radius, step.correct & ~now, step.correct & ~further, self.gamma, self.beta)
 
     def _remember(self, step: Step, radius: Tensor) -> None:
         self.radii[step.index] = radius if self.maximum is None else radius.clamp_max(self.maximum)

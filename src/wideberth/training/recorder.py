@@ -38,9 +38,10 @@ class Recorder(L.Callback):
         self._rows: list[dict[str, Any]] = []
         self._radii: list[pd.DataFrame] = []
         self._began = 0.0
+        self._learning_rate = float("nan")
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the records of the epochs that a resumed run has behind it."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the records of the epochs that a resumed run has behind it (its epoch is known from here on)."""
         known = Run(self.out) if self.out.is_dir() else None
         metrics = known.metrics if known else None
         radii = known.radii if known else None
@@ -51,10 +52,20 @@ class Recorder(L.Callback):
             self._radii = [radii[radii["epoch"] < trainer.current_epoch]]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, and seed what is left to the global generator (dropout) so that a resumed run repeats it."""
-        assert isinstance(pl_module, RobustTraining)
-        torch.manual_seed(fold(pl_module.seed, "epoch", trainer.current_epoch, trainer.global_rank))
+        """Start the clock."""
+        # Schedules of the epoch have stepped when it ends.
+        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         self._began = time.monotonic()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seed what is left to the global generator (dropout), so that a resumed run repeats it.
+
+        At every step, because Lightning makes iterators, which draw, at other moments when it resumes.
+        """
+        assert isinstance(pl_module, RobustTraining)
+        torch.manual_seed(fold(pl_module.seed, "step", trainer.current_epoch, batch_idx, trainer.global_rank))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the epoch's row."""
@@ -64,7 +75,7 @@ class Recorder(L.Callback):
         seconds = time.monotonic() - self._began
         row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         row |= {name: float(value) for name, value in trainer.callback_metrics.items() if name != "loss_now"}
-        row["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        row["learning_rate"] = self._learning_rate
         row |= self._radius_columns(trainer, pl_module)
         row |= self._margin_columns(pl_module)
         row["seconds"] = seconds
@@ -91,7 +102,7 @@ class Recorder(L.Callback):
     def _margin_columns(self, module: RobustTraining) -> dict[str, float]:
         if self.probe is None:
             return {}
-        x, y = (tensor.to(module.device) for tensor in self.probe)
+        x, y = self.probe[0].to(module.device, module.dtype), self.probe[1].to(module.device)
         margin, weight, _ = margins.measure(module.model, x, y, module.attack.norm)
         return {"effective_margin": float(margin.median()), "effective_weight_norm": float(weight.median())}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import lightning as L
@@ -16,6 +18,7 @@ import pandas as pd
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from wideberth import checks
@@ -98,6 +101,8 @@ def train(
     """
     checks.at_least("epochs", epochs, 1)
     checks.at_least("batch_size", batch_size, 1)
+    checks.at_least("workers", workers, 0)
+    checks.at_least("probe", probe, 0)
     arguments = {name: value for name, value in locals().items() if name not in ("config", "resume", "overwrite")}
     out = Path(out)
     data.prepare()
@@ -108,28 +113,27 @@ def train(
     policies = (radius, objective, weighting, regularizers, augment, optimizer, scheduler, scheduler_interval)
     module = RobustTraining(model, split.source_size, attack, *policies, attack_mode, seed)
     module.rows = split.rows
+    with quiet():
+        engine = _engine(out, _probe(held_out or split, probe), epochs, progress, trainer or {})
+    # Last of what may refuse: from here on, `overwrite` has taken its toll.
     claim(out, resume=resume, overwrite=overwrite)
-    record = {name: describe(value) for name, value in arguments.items()} if config is None else config
+    checkpoint, done = last_checkpoint(out, module, epochs) if resume else (None, 0)
+    chosen = {name: getattr(module, name) for name in ("attack", "radius", "objective", "weighting")}
+    record = {name: describe(value) for name, value in (arguments | chosen).items()} if config is None else config
     write_atomically(
         out / "config.yaml", lambda file: file.write_text(yaml.safe_dump(record, sort_keys=False)) and None
     )
     if channels_last:
         module.model.to(memory_format=torch.channels_last)
-    with quiet():
-        engine = _engine(out, module, _probe(held_out or split, probe), epochs, progress, trainer or {})
-    checkpoint = Run(out).checkpoint if resume else None
-    # Lightning makes the first iterator before it announces the epoch: workers would read ahead in the wrong one.
-    epoch = 0 if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"] + 1
-    with quiet():
+    with quiet(), interruptible():
         engine.fit(
             module,
-            loader(split, batch_size, shuffle=True, seed=seed, workers=workers, epoch=epoch),
+            # Lightning makes the first iterator before it announces the epoch: workers would read ahead in the wrong one.
+            loader(split, batch_size, shuffle=True, seed=seed, workers=workers, epoch=done),
             None if held_out is None else loader(held_out, batch_size, shuffle=False, workers=workers),
-            ckpt_path=None if checkpoint is None else str(checkpoint),
+            ckpt_path=checkpoint,
             weights_only=True,
         )
-    if engine.interrupted:
-        raise KeyboardInterrupt
     if engine.is_global_zero:
         export(out, module, split)
     return Run(out)
@@ -151,6 +155,19 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C be a `KeyboardInterrupt` again: Lightning answers it by exiting, and ignores the signal from then on."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise stop.__context__ from None
+
+
 def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Make the run directory, or refuse one that would be overwritten or cannot be resumed (`InputError`)."""
     run = Run(out) if out.is_dir() else None
@@ -169,6 +186,21 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out={str(out)!r}: cannot be made a directory ({error.strerror})") from None
+
+
+def last_checkpoint(out: Path, module: RobustTraining, epochs: int) -> tuple[str, int]:
+    """The checkpoint to resume from and the epochs behind it; refuses one that is not of this training (`InputError`)."""
+    checkpoint = str(Run(out).checkpoint)
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    done = saved["epoch"] + 1
+    if done > epochs:
+        raise InputError(f"epochs={epochs}: {done} are done in {str(out)!r}; resume with at least as many")
+    try:
+        module.load_state_dict(saved["state_dict"])
+    except RuntimeError as error:
+        reason = shorten(str(error), 240, placeholder=" ...")
+        raise InputError(f"out={str(out)!r} with resume: does not fit this model and data: {reason}") from None
+    return checkpoint, done
 
 
 RECORDS = (
@@ -214,7 +246,6 @@ def _probe(split: Split, size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 def _engine(
     out: Path,
-    module: RobustTraining,
     probe: tuple[torch.Tensor, torch.Tensor] | None,
     epochs: int,
     progress: bool,
@@ -238,8 +269,9 @@ def _engine(
     callbacks += given.pop("callbacks", None) or []
     try:
         return L.Trainer(**(defaults | given), callbacks=callbacks)
-    except TypeError as error:
-        raise InputError(f"trainer: {str(error).removeprefix('Trainer.__init__() ')}; see lightning.Trainer") from None
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        reason = " ".join(str(error).removeprefix("Trainer.__init__() ").split())
+        raise InputError(f"trainer: {reason}; see lightning.Trainer") from None
 
 
 def export(out: Path, module: RobustTraining, split: Split) -> None:

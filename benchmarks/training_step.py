@@ -1,0 +1,190 @@
+"""What a training step costs, as ratios to its floor, side by side in one run.
+
+PreActResNet-18 on 3x32x32, batch 32, 10 attack steps. The floor of a PGD-AT step is 10 x (forward + input gradient
+with frozen weights) and 1 x (forward + backward): nothing less computes the same. Ours are timed inside Lightning's own
+loop, from batch start to batch end, so they also pay for radii, noise, projection, logging and the optimizer.
+"authors' IAAT" is a plain restatement of the three-attack step of the released code: everything in train mode,
+`backward` also inside the attacks. Variants take turns, round by round, so that a drifting machine drifts for all.
+
+    uv run python benchmarks/training_step.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import wideberth as wb
+from wideberth.training.module import RobustTraining
+
+EPS, STEPS, BATCH = 8 / 255, 10, 32
+
+
+def frozen_attack(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """The floor of an attack: its forwards and input gradients, and nothing else."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.eval()
+    for _ in range(STEPS):
+        point = x.detach().requires_grad_()
+        torch.autograd.grad(F.cross_entropy(model(point), y, reduction="sum"), point)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.train()
+
+
+def floor_step(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """The floor of a PGD-AT step."""
+    frozen_attack(model, x, y)
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+
+
+class AuthorsIAAT:
+    """The three-attack step of the released IAAT code, restated from its description."""
+
+    def __init__(self, model: nn.Module, samples: int) -> None:
+        self.model, self.memory = model, torch.full((samples,), EPS)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+    def attack(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+        """PGD-10 with a radius per sample, by `backward`, in train mode."""
+        column = eps.view(-1, 1, 1, 1)
+        stride = torch.clamp_min(column / (0.5 * STEPS), 2 / 255)
+        delta = (torch.rand_like(x) * 2 - 1) * column
+        for _ in range(STEPS):
+            delta = delta.detach().requires_grad_()
+            F.cross_entropy(self.model(x + delta), y).backward()
+            assert delta.grad is not None
+            moved = (delta + stride * delta.grad.sign()).detach()
+            delta = (x + torch.minimum(torch.maximum(moved, -column), column)).clamp(0, 1) - x
+        return (x + delta).detach()
+
+    @torch.no_grad()
+    def holds(self, x: Tensor, y: Tensor) -> Tensor:
+        """Whether the model is right at x."""
+        return self.model(x).argmax(1) == y
+
+    def __call__(self, x: Tensor, y: Tensor, index: Tensor) -> None:
+        """One step: two attacks that look, one that trains."""
+        gamma, beta, before = 1.9 / 255, 0.1, self.memory[index]
+        right = self.holds(x, y)
+        now = self.holds(self.attack(x, y, before), y)
+        further = self.holds(self.attack(x, y, before + gamma), y)
+        target = torch.where(further, before + gamma, torch.where(now, before, before - gamma))
+        eps = beta * (target * right).clamp_min(0) + (1 - beta) * before
+        self.memory[index] = eps
+        worst = self.attack(x, y, eps)
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(worst), y).backward()
+        self.optimizer.step()
+
+
+class Clock(L.Callback):
+    """Seconds of each batch, from start to end."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start."""
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop."""
+        self.seconds.append(time.perf_counter() - self.began)
+
+
+def ours(model: nn.Module, batches: list[Any], samples: int, **policies: Any) -> Callable[[], float]:
+    """One timed step of our loop, inside Lightning."""
+    policies.setdefault("attack", wb.attacks.PGD(steps=STEPS, step_size=2 / 255))
+    optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
+    module = RobustTraining(model, samples, optimizer=optimizer, **policies)
+
+    def step() -> float:
+        clock = Clock()
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[clock],
+            use_distributed_sampler=False,
+        )
+        trainer.fit(module, batches)
+        return clock.seconds[-1]  # the first batch of a fit also pays for warming up
+
+    return step
+
+
+def timed(run: Callable[[], None]) -> Callable[[], float]:
+    """Seconds of a call."""
+
+    def step() -> float:
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+
+    return step
+
+
+def main() -> None:
+    """Time all variants in turn and print medians and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="only variants whose name contains this (and the floor, PGD-AT)")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    model = wb.models.PreActResNet18()
+    x, y, index = torch.rand(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,)), torch.arange(BATCH)
+    batches = [(x, y, index)] * 2
+    adaptive, fixed, emr = wb.radii.InstanceAdaptive, wb.radii.Fixed, wb.regularizers.EffectiveMargin
+    scaled = wb.attacks.PGD(steps=STEPS, step_size=wb.attacks.ScaledStep(2, floor=2 / 255))
+    authors = AuthorsIAAT(model, BATCH)
+    # Learning rate and weights are such that the numbers stay ordinary while the same batch is seen again and again.
+    variants: dict[str, Callable[[], float]] = {
+        "floor": timed(lambda: floor_step(model, x, y)),
+        "PGD-AT": ours(model, batches, BATCH, radius=fixed(EPS)),
+        "IAAT simple": ours(model, batches, BATCH, radius=adaptive(EPS, warmup=0)),
+        "AT + EMR softmax": ours(model, batches, BATCH, radius=fixed(EPS), regularizers=[emr(1e-4, "softmax")]),
+        "AT + EMR projection": ours(model, batches, BATCH, radius=fixed(EPS), regularizers=[emr(1e-4, "projection")]),
+        "IAAT lookahead": ours(model, batches, BATCH, radius=adaptive(EPS, "lookahead", warmup=0), attack=scaled),
+        "authors' IAAT": timed(lambda: authors(x, y, index)),
+    }
+    chosen = {name: run for name, run in variants.items() if options.only in name or name in ("floor", "PGD-AT")}
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    for round_ in range(options.rounds + 1):
+        for name, run in chosen.items():
+            taken = run()
+            if round_:  # the first round warms up
+                seconds[name].append(taken)
+    cpu = platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu}")
+    print(f"PreActResNet-18, 3x32x32, batch {BATCH}, {STEPS} steps, medians of {options.rounds} rounds")
+    print(f"{'variant':<22}{'seconds':>9}{'/ floor':>9}{'/ PGD-AT':>10}")
+    # Ratios are taken within a round and their median quoted: what slows a round down slows both sides of it.
+    for name, values in seconds.items():
+        to_floor = statistics.median(v / f for v, f in zip(values, seconds["floor"], strict=True))
+        to_at = statistics.median(v / a for v, a in zip(values, seconds["PGD-AT"], strict=True))
+        print(f"{name:<22}{statistics.median(values):>9.2f}{to_floor:>9.3f}{to_at:>10.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The command line as a person meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from wideberth import cli
+from wideberth.commands.parsing import load_yaml, prepared
+from wideberth.recipes import recipe_names
+from wideberth.runs import Run
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from wideberth.cli import main; main(['--help'])\n"
+        "heavy = {'torch', 'lightning', 'jsonargparse', 'matplotlib', 'pandas', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert f"wideberth {command}" in text
+    assert len(text.splitlines()) < 200, "nobody reads that much"
+
+
+def test_fractions_are_numbers_and_division_by_zero_is_not() -> None:
+    assert load_yaml("[8/255, 1e-3, 3, .5, a/b, 8/0]") == [8 / 255, 1e-3, 3, 0.5, "a/b", "8/0"]
+    assert float(prepared(["--eps", "8/255"])[1]) == 8 / 255
+    assert prepared(["--eps=8/0", "timm/resnet18"]) == ["--eps=8/0", "timm/resnet18"]
+
+
+def test_bare_names_are_classes_of_ours() -> None:
+    words = prepared(["--model", "MLP", "--radius=Fixed", "--objective=mine.Own", "--optimizer", "Adam"])
+    assert words == [
+        "--model",
+        "wideberth.models.MLP",
+        "--radius=wideberth.training.radii.Fixed",
+        "--objective=mine.Own",
+        "--optimizer",
+        "Adam",
+    ]
+
+
+def test_recipes_are_listed_with_what_they_say(wideberth) -> None:
+    code, out, _ = wideberth("recipes")
+    assert code == 0
+    assert all(name in out for name in recipe_names())
+    assert "3 / 128" not in out.split("digits/")[0] or "AutoAttack" in out
+
+
+def test_a_run_holds_its_records(digits_run: Path) -> None:
+    run = Run(digits_run)
+    assert run.finished
+    assert run.config["radius"]["init_args"]["warmup"] == 0
+    assert len(run.metrics) == 2
+    assert {"radius_mean", "effective_margin", "effective_weight_norm"} <= set(run.metrics.columns)
+    assert run.samples["radius"].between(0, 1).all()
+    assert len(run.samples) == run.radii[run.radii.epoch == 1]["count"].sum()
+
+
+def test_evaluate_margins_compare_and_report_follow_from_a_run(digits_run: Path, wideberth) -> None:
+    code, out, _ = wideberth("evaluate", digits_run, "--eps", "8/255", "--rows", 60, "--progress=false")
+    assert (code, "robust" in out) == (0, True)
+    verdict = json.loads((digits_run / "evaluation.json").read_text())
+    assert verdict["eps"] == 8 / 255
+    assert verdict["n"] == len(pd.read_parquet(digits_run / "evaluation.parquet")) == 60
+    code, out, _ = wideberth("margins", digits_run, "--norm", "linf", "--rows", 40, "--out", "m.csv")
+    assert code == 0
+    assert len(pd.read_csv("m.csv")) == 40
+    code, out, _ = wideberth("compare", digits_run, "--out", "plot.png")
+    assert (code, Path("plot.png").stat().st_size > 1000) == (0, True)
+    code, out, _ = wideberth("report", digits_run, "--out", "report.html")
+    assert (code, "<html" in Path("report.html").read_text()) == (0, True)
+
+
+def test_a_recorded_configuration_trains_the_same_run_again(digits_run: Path, wideberth) -> None:
+    code, _, err = wideberth("train", "--config", digits_run / "config.yaml", "--out", "again", "--progress=false")
+    assert code == 0, err
+    first, again = Run(digits_run), Run("again")
+    same = first.metrics.drop(columns="seconds")
+    pd.testing.assert_frame_equal(same, again.metrics.drop(columns="seconds"))
+    pd.testing.assert_frame_equal(first.samples, again.samples)
+    recorded = {name: value for name, value in again.config.items() if name != "out"}
+    assert recorded == {name: value for name, value in first.config.items() if name != "out"}
+
+
+def test_classes_of_the_users_own_may_live_in_the_current_directory(wideberth, monkeypatch) -> None:
+    Path("mine_own.py").write_text(
+        "from wideberth.training.objectives import AdversarialCrossEntropy\n\n\nclass Own(AdversarialCrossEntropy):\n"
+        '    """The same under another name."""\n'
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = ["train", "--config", "digits/standard", "--objective", "mine_own.Own", "--epochs=1", "--progress=false"]
+    code, _, err = wideberth(*words, "--out", "own")
+    assert code == 0, err
+    assert yaml.safe_load(Path("own/config.yaml").read_text())["objective"]["class_path"] == "mine_own.Own"
+
+
+def test_quickstart_ends_in_a_table_and_a_report(wideberth) -> None:
+    code, out, err = wideberth("quickstart", "--out", "quick", "--epochs", 1)
+    assert code == 0, err
+    assert "IAAT + EMR" in out
+    assert "<html" in Path("quick/report.html").read_text()

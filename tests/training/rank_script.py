@@ -1,0 +1,43 @@
+"""What each of two processes runs: train, and leave what this rank knows in the end. Started by torchrun."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from training_tools import fit, mlp, tensors
+
+from wideberth.training.radii import InstanceAdaptive
+
+
+class Leave(L.Callback):
+    """Writes weights, radii and the rows this rank was given, at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[int] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: list[torch.Tensor], _: int) -> None:
+        self.rows += batch[2].tolist()
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        torch.save({"state": module.state_dict(), "rows": self.rows}, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    fit(
+        mlp(),
+        tensors(11, validation=1),
+        folder / "run",
+        radius=InstanceAdaptive(0.1, sys.argv[2], gamma=0.01, warmup=0),  # type: ignore[arg-type]
+        trainer={"devices": world, "strategy": "ddp" if world > 1 else "auto", "callbacks": [Leave(folder)]},
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
