@@ -29,8 +29,8 @@ def settings(weight: float) -> dict[str, dict[str, Any]]:
     emr = wb.regularizers.EffectiveMargin
     return {
         "none": {},
-        "weight decay 5e-4": {"weight_decay": 5e-4},
-        "weight decay 5e-3": {"weight_decay": 5e-3},
+        "weight decay 0.1": {"weight_decay": 0.1},
+        "weight decay 1": {"weight_decay": 1.0},
         "input gradient": {"regularizers": [wb.regularizers.InputGradient(10 * weight)]},
         "EMR projection": {"regularizers": [emr(weight, "projection")]},
         "EMR exact": {"regularizers": [emr(weight, "exact")]},
@@ -49,7 +49,8 @@ def run(name: str, setting: dict[str, Any], seed: int, data: Any, options: argpa
         data,
         options.out / f"{name.replace(' ', '_')}-{seed}",
         regularizers=setting.get("regularizers", ()),
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3, weight_decay=decay),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-3, weight_decay=decay),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs),
         epochs=options.epochs,
         seed=seed,
         probe=0,
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/claims_emr"))
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--weight", type=float, default=0.1, help="of ||J||_F^2; the others are scaled beside it")
+    parser.add_argument("--weight", type=float, default=0.01, help="of ||J||_F^2; the others are scaled beside it")
     parser.add_argument("--only", default="", help="only settings whose name contains this")
     options = parser.parse_args()
     logging.getLogger("lightning").setLevel(logging.ERROR)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -20,7 +20,7 @@ class Leave(L.Callback):
         self.folder = folder
         self.rows: list[int] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: list[torch.Tensor], _: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, _: int) -> None:
         self.rows += batch[2].tolist()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -29,14 +29,14 @@ class Leave(L.Callback):
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    fit(
-        mlp(),
-        tensors(11, validation=1),
-        folder / "run",
-        radius=InstanceAdaptive(0.1, sys.argv[2], gamma=0.01, warmup=0),  # type: ignore[arg-type]
-        trainer={"devices": world, "strategy": "ddp" if world > 1 else "auto", "callbacks": [Leave(folder)]},
-    )
+    for rule in ("simple", "lookahead"):
+        fit(
+            mlp(),
+            tensors(11, validation=2),
+            folder / rule / "run",
+            radius=InstanceAdaptive(0.1, rule, gamma=0.01, warmup=0),
+            trainer={"devices": 2, "strategy": "ddp", "callbacks": [Leave(folder / rule)]},
+        )
 
 
 if __name__ == "__main__":

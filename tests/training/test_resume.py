@@ -125,7 +125,9 @@ class Interrupt(L.Callback):
     def __init__(self, epoch: int, batch: int) -> None:
         self.when = (epoch, batch)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if (trainer.current_epoch, batch_idx) == self.when:
             raise KeyboardInterrupt
 
@@ -192,9 +194,7 @@ def test_the_order_does_not_depend_on_who_loads(tmp_path: Path) -> None:
         (lambda: {"epochs": 1}, "epochs=1: 2 are done"),
     ],
 )
-def test_resuming_something_else_is_refused(
-    tmp_path: Path, change: Callable[[], dict[str, Any]], message: str
-) -> None:
+def test_resuming_something_else_is_refused(tmp_path: Path, change: Callable[[], dict[str, Any]], message: str) -> None:
     fit(mlp(), tensors(), tmp_path / "run")
     before = (tmp_path / "run" / "config.yaml").read_text()
     options = {"model": mlp(), "epochs": 3} | change()

@@ -331,7 +331,10 @@ class Answers(nn.Module):
     [
         (lambda: mlp(classes=4), "model: returns 4 logits, the data has 3 classes"),
         (lambda: mlp(features=6), r"model: does not take inputs of shape \(5,\): "),
-        (lambda: nn.Linear(5, 1), r"the model returned shape \(1, 1\) for 1 inputs: must be logits \(1, K\) with K >= 2"),
+        (
+            lambda: nn.Linear(5, 1),
+            r"the model returned shape \(1, 1\) for 1 inputs: must be logits \(1, K\) with K >= 2",
+        ),
         (lambda: Answers(lambda x: x[:, 0]), r"the model returned shape \(1,\)"),
         (lambda: Answers(lambda x: x[:, :3] * float("nan")), "NaN or infinite logits"),
         (lambda: nn.Conv2d(1, 3, 3), r"model: does not take inputs of shape \(5,\)"),

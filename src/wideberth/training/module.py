@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -107,6 +108,9 @@ class RobustTraining(L.LightningModule):
         self.rows = torch.arange(samples)
         self.register_buffer("visited", torch.zeros(samples, dtype=torch.bool), persistent=False)
         self.visited: Tensor
+        # What each rank learns is its own until `_synchronise`; rank 0's would replace it before every forward.
+        kept = ["visited", *(f"radius.{name}" for name, _ in self.radius.named_buffers())]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, kept)  # type: ignore[no-untyped-call]
         self._first_bad_step: Tensor | None = None
 
     @property

@@ -37,7 +37,8 @@ class Radius(nn.Module, ABC):
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.is_floating_point() and moved.dtype.itemsize < 4 else moved
 
-        return super()._apply(wide, recurse)
+        super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def allocate(self, size: int) -> None:
         """Make room for what is remembered about `size` samples; called once, before training."""

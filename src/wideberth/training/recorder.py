@@ -102,7 +102,7 @@ class Recorder(L.Callback):
     def _margin_columns(self, module: RobustTraining) -> dict[str, float]:
         if self.probe is None:
             return {}
-        x, y = self.probe[0].to(module.device, module.dtype), self.probe[1].to(module.device)
+        x, y = self.probe[0].to(next(module.parameters())), self.probe[1].to(module.device)  # device and dtype
         margin, weight, _ = margins.measure(module.model, x, y, module.attack.norm)
         return {"effective_margin": float(margin.median()), "effective_weight_norm": float(weight.median())}
 

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from wideberth import checks
@@ -128,7 +128,7 @@ def train(
     with quiet(), interruptible():
         engine.fit(
             module,
-            # Lightning makes the first iterator before it announces the epoch: workers would read ahead in the wrong one.
+            # The first iterator is made before the epoch is announced: workers would read ahead in the wrong one.
             loader(split, batch_size, shuffle=True, seed=seed, workers=workers, epoch=done),
             None if held_out is None else loader(held_out, batch_size, shuffle=False, workers=workers),
             ckpt_path=checkpoint,
@@ -157,7 +157,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C be a `KeyboardInterrupt` again: Lightning answers it by exiting, and ignores the signal from then on."""
+    """Let Ctrl-C be a `KeyboardInterrupt`: Lightning exits instead, and ignores the signal from then on."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -178,7 +178,9 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
         if began and not overwrite:
             state = "a finished run" if run.finished else "an unfinished run"
             raise InputError(f"out={str(out)!r}: holds {state}; use --overwrite to replace it or --resume to continue")
-        if not began and any(out.iterdir()) and not (out / "config.yaml").is_file():
+        # Hidden ones do not count: a process beside this one may just be writing the config.
+        foreign = any(not file.name.startswith(".") for file in out.iterdir())
+        if not began and foreign and not (out / "config.yaml").is_file():
             raise InputError(f"out={str(out)!r}: holds files that are not a run's; choose an empty directory")
         for file in RECORDS if overwrite or not began else ():
             (out / file).unlink(missing_ok=True)
@@ -189,7 +191,7 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def last_checkpoint(out: Path, module: RobustTraining, epochs: int) -> tuple[str, int]:
-    """The checkpoint to resume from and the epochs behind it; refuses one that is not of this training (`InputError`)."""
+    """The checkpoint to resume from and the epochs behind it, or a refusal of one that does not fit (`InputError`)."""
     checkpoint = str(Run(out).checkpoint)
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     done = saved["epoch"] + 1
