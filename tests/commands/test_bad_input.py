@@ -67,7 +67,7 @@ def test_training_refuses(words: tuple[str, ...], named: list[str], wideberth) -
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("--eps", "-1"), ["eps=-1", "at least 0"]),
+        (("--eps", "-1"), ["eps=-1", ">= 0"]),
         (("--eps", "8/0"), ["eps", "8/0"]),
         (("--suite", "nope"), ["suite", "pgd"]),
         (("--norm", "l7"), ["norm", "linf"]),

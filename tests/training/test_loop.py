@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training_tools import batch_of, defined_in, fit, mlp, module_of, plain_sgd, seeded, tensors
+from training_tools import batch_of, defined_in, fit, halves, mlp, module_of, plain_sgd, seeded, tensors
 
 import wideberth as wb
 from wideberth.training import objectives, radii, regularizers
@@ -361,6 +362,51 @@ def test_a_scheduler_may_step_every_step(tmp_path: Path) -> None:
         assert run.checkpoint is not None
         saved = torch.load(run.checkpoint, weights_only=True)
         assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(last)
+
+
+def test_validation_is_at_the_nominal_radius(tmp_path: Path) -> None:
+    """On a model whose distances are known, and that stands still."""
+    x = torch.linspace(0.01, 0.99, 40)[:, None]
+    y = (x[:, 0] < 0.4).long()  # class 1 is below 1/2: those between 0.4 and 0.5 are misclassified
+    data = wb.data.Tensors(x, y, x, y, validation=30)
+    held_out = data.validation()
+    assert held_out is not None
+    inputs, labels, _ = held_out.tensors()
+    distance = (inputs[:, 0] - 0.5) * (1 - 2 * labels)
+    for name, radius in (
+        ("fixed", Fixed(0.2, warmup=5)),
+        ("adaptive", InstanceAdaptive(0.2, warmup=5)),
+        ("zero", Zero()),
+    ):
+        run = fit(
+            halves().float(),
+            data,
+            tmp_path / name,
+            radius=radius,
+            attack=wb.attacks.FGSM(),
+            optimizer=partial(torch.optim.SGD, lr=0.0),
+            epochs=1,
+        )
+        assert run.metrics is not None
+        robust = (distance > radius.nominal()).float().mean().item()
+        assert run.metrics["validation_robust"].tolist() == pytest.approx([robust])
+        assert run.metrics["validation_clean"].tolist() == pytest.approx([(distance > 0).float().mean().item()])
+
+
+def test_a_sample_meets_new_noise_in_every_epoch_and_the_same_in_every_batch() -> None:
+    seen: list[Tensor] = []
+
+    class Spy(wb.attacks.PGD):
+        def craft(self, model: nn.Module, problem: Any, **options: Any) -> Any:
+            seen.append(problem.noise.uniform((4,)))
+            return super().craft(model, problem, **options)
+
+    module = module_of(mlp(), attack=Spy(steps=1), radius=Fixed(0.1))
+    for epoch, rows in ((0, [3, 1]), (0, [1, 7, 3]), (1, [3, 1])):
+        module._trainer.current_epoch = epoch  # type: ignore[union-attr]
+        module.training_step(batch_of(tensors(), rows), 0)
+    assert torch.equal(seen[0], seen[1][[2, 0]])
+    assert (seen[0] != seen[2]).all()
 
 
 def test_seed_matters(tmp_path: Path) -> None:

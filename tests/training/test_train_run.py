@@ -418,6 +418,16 @@ def test_a_full_disk_at_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run.metrics["epoch"].tolist() == [0, 1, 2, 3]
 
 
+def test_the_last_checkpoint_is_moved_into_place_whole(tmp_path: Path) -> None:
+    """A reader that held the old file open goes on with the old file."""
+    out, data = tmp_path / "run", tensors()
+    fit(mlp(), data, out, epochs=1)
+    with (out / "checkpoints" / "last.ckpt").open("rb") as held:
+        fit(mlp(), data, out, epochs=2, resume=True)
+        assert torch.load(held, weights_only=True)["epoch"] == 0
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
 def test_a_full_disk_at_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pd.DataFrame.to_csv
 

@@ -147,17 +147,22 @@ class PGD(Attack):
     def _again(
         self, model: nn.Module, problem: Problem, loss: Loss | None, found: Adversarial, restart: int
     ) -> Adversarial:
-        """Run the rows that are still unbroken once more, and keep what is new."""
+        """Run the rows that are still unbroken once more, and keep what is new.
+
+        A loss that an objective asks for is tied to its batch (TRADES' clean logits): then all rows run.
+        """
         assert found.success is not None
-        left = (~found.success).nonzero().squeeze(1)
+        unbroken = ~found.success
+        left = torch.arange(len(unbroken), device=unbroken.device) if loss else unbroken.nonzero().squeeze(1)
         if not len(left):
             return found
         part = problem.rows(left)
         again = self._run(model, replace(part, noise=part.noise.at(restart)), loss, judge=True)
         assert again.success is not None
-        won = left[again.success]
+        new = again.success & unbroken[left]
+        won = left[new]
         x, success = found.x.clone(), found.success.clone()
-        x[won], success[won] = again.x[again.success], True
+        x[won], success[won] = again.x[new], True
         evaluations = found.evaluations.index_add(0, left, again.evaluations)
         survived = found.survived.index_add(0, left, again.survived)
         return Adversarial(x, success, survived, evaluations)

@@ -161,6 +161,8 @@ class KeepLast(Checkpoint):
                 fresh.replace(last)
                 if better:
                     write_atomically(self.folder / "best.ckpt", lambda file: shutil.copyfile(last, file))
+        except OSError as error:  # say where, not in which temporary file
+            raise OSError(error.errno, error.strerror, str(last)) from error
         finally:
             if trainer.is_global_zero:
                 fresh.unlink(missing_ok=True)
