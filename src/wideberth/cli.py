@@ -10,7 +10,7 @@ from pathlib import Path
 COMMANDS = {
     "quickstart": "the papers' comparison in miniature on built-in data, ending in report.html",
     "train": "train a model by a recipe or by options, and leave a run directory",
-    "evaluate": "clean and verified robust accuracy of a model",
+    "evaluate": "clean accuracy and accuracy under attack of a model, each broken sample verified",
     "margins": "effective margins of a model, sample by sample",
     "compare": "one table and one trade-off plot of several runs",
     "report": "the self-contained report.html of one or several runs",
@@ -23,7 +23,7 @@ def usage() -> str:
     lines = [
         "usage: wideberth COMMAND [options]",
         "",
-        "Train classifiers to be robust, and prove how robust they are.",
+        "Train classifiers to be robust, and say, sample by sample, how robust they are.",
         "",
         *(f"  {name:<12}{what}" for name, what in COMMANDS.items()),
         "",

@@ -94,7 +94,7 @@ def test_it_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert run.metrics is not None
     assert run.metrics["step"].tolist() == [2]
     assert torch.isfinite(torch.tensor(run.metrics["loss"])).all()
-    assert {"validation_clean", "validation_robust"} <= set(run.metrics)
+    assert "validation_clean" in run.metrics
     recipe = load_yaml(recipes.find_recipe(name).read_text())
     for key in ("model", "attack", "radius", "objective"):
         assert (run.config.get(key) or {}).get("class_path", "").rpartition(".")[2] == (

@@ -48,7 +48,8 @@ class Problem:
 
     def rows(self, where: Tensor) -> Problem:
         """The sub-problem of the rows `where` (bool or indices)."""
-        noise = Noise(self.noise.index[where], self.noise.seed, self.noise.draw)
+        draw = self.noise.draw[where] if isinstance(self.noise.draw, Tensor) else self.noise.draw
+        noise = Noise(self.noise.index[where], self.noise.seed, draw)
         target = None if self.target is None else self.target[where]
         return Problem(self.x[where], self.y[where], self.eps[where], noise, target)
 
@@ -80,7 +81,8 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> tuple[
             raise InputError(f"the loss returned shape {tuple(values.shape)}: must be one loss per sample, ({len(y)},)")
         # Summed, not averaged: row i of the gradient belongs to sample i alone.
         (gradient,) = torch.autograd.grad(values.sum(), point, materialize_grads=True)
-    return logits.detach(), values.detach(), gradient
+    # A NaN has no direction; left in, it would spread to the point and end the row's attack.
+    return logits.detach(), values.detach(), gradient.nan_to_num(nan=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,7 +157,7 @@ class PGD(Attack):
         if not len(left):
             return found
         part = problem.rows(left)
-        again = self._run(model, replace(part, noise=part.noise.at(restart)), loss, judge=True)
+        again = self._run(model, replace(part, noise=part.noise.fold("restart", restart)), loss, judge=True)
         assert again.success is not None
         new = again.success & unbroken[left]
         won = left[new]

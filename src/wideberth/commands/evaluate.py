@@ -61,7 +61,7 @@ def run(
     architecture: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> None:
-    """Measure clean and verified robust accuracy of a model on the test split of a data set.
+    """Measure the accuracy of a model on the test split of a data set, clean and under attack.
 
     Args:
         model: a run directory, a .safetensors file, timm/NAME, torchvision/NAME, or an import path with arguments.
@@ -79,6 +79,10 @@ def run(
         progress: show a progress bar.
     """
     choice("suite", suite, tuple(SUITES))
+    if weights is not None and out is None and Path(model).is_dir():
+        raise InputError(
+            "--out: needed with --weights, since the verdict in the run directory is about its own weights"
+        )
     network, samples = subject(model, data, weights, architecture)
     found = evaluate(
         network,
@@ -92,7 +96,7 @@ def run(
         seed=seed,
         progress=progress,
     )
-    found.protocol["model"] = model
+    found.protocol.update(model=model, weights=weights)
     target = out if out is not None else (model if Path(model).is_dir() else None)
     print_to_terminal(table(found))
     if target is not None:
@@ -103,11 +107,15 @@ def table(found: Evaluation) -> Table:
     """The verdict, for a terminal."""
     told = found.summary()
     view = Table("", "accuracy", "95 % interval", title=f"{told['norm']} eps {told['eps']:.4g}, n = {told['n']}")
-    for name in ("clean", "robust"):
+    for name, shown in (("clean", "clean"), ("robust", "robust, at most")):
         low, high = told[f"{name}_interval"]
-        view.add_row(name, f"{told[f'{name}_accuracy']:.2%}", f"{low:.1%} to {high:.1%}")
+        view.add_row(shown, f"{told[f'{name}_accuracy']:.2%}", f"{low:.1%} to {high:.1%}")
     for stage in told["attacks"]:
         view.add_row(f"after {stage['name']}", f"{stage['robust_accuracy']:.2%}", "")
+    if told.get("zero_gradients"):
+        view.caption = (
+            f"{told['zero_gradients']:.1%} of the inputs have a zero gradient, where attacks see nothing: distrust this"
+        )
     return view
 
 

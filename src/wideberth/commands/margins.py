@@ -43,6 +43,8 @@ def run(
     """
     if out is not None and Path(out).suffix not in (".csv", ".parquet"):
         raise InputError(f"--out {out}: must end in .parquet or .csv")
+    if weights is not None and out is None and Path(model).is_dir():
+        raise InputError("--out: needed with --weights, since the table in the run directory is about its own weights")
     network, source = subject(model, data, weights, architecture)
     device, split, tables = next(network.parameters()).device, source.test(), []
     total = min(len(split), rows or len(split))

@@ -119,7 +119,7 @@ def prepared(words: Sequence[str]) -> list[str]:
 def _prepared(option: str, word: str) -> str:
     """One word; `option` is the option it follows as a word of its own, with an equals sign, or empty."""
     whole = f"{option}{word}"
-    if fraction := _FRACTION.match(whole):
+    if not whole.startswith(("--out=", "--title=")) and (fraction := _FRACTION.match(whole)):
         above, below = float(fraction[2]), float(fraction[3])
         return f"{'' if option else fraction[1] or ''}{above / below!r}" if below else word
     if whole.startswith("--config="):

@@ -46,4 +46,4 @@ def main(words: Sequence[str]) -> None:
     """Parse, train, and say what to do next."""
     run = train_from(words)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the other processes of a distributed run keep quiet
-        print(f"finished: {run.path}\nnext: wideberth evaluate {run.path} --norm linf --eps 8/255")
+        print(f"finished: {run.path}\nnext: wideberth evaluate {run.path} --norm NORM --eps EPS")

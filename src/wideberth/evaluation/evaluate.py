@@ -21,8 +21,8 @@ from wideberth.checks import Box, InputError, Norm
 from wideberth.configuration import describe
 from wideberth.data import Data, Split
 from wideberth.evaluation.record import Evaluation
-from wideberth.evaluation.verify import verify
-from wideberth.modes import borrowed
+from wideberth.evaluation.verify import judging, verify
+from wideberth.randomness import fold
 
 Samples: TypeAlias = Data | Split | Dataset[Any] | tuple[Tensor, Tensor]
 
@@ -109,6 +109,7 @@ def evaluate(
         "attacks": _stages(samples, line_up, spent),
         "seconds": time.monotonic() - began,
         "device": str(device),
+        "dtype": str(next((p.dtype for p in model.parameters()), torch.float32)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "wideberth": _version()},
     }
     return Evaluation(samples, protocol)
@@ -128,7 +129,7 @@ def _judge(
 ) -> pd.DataFrame:
     """The table of one batch; adds the seconds of each attack to `spent`."""
     checks.valid_inputs(x, box)
-    with borrowed(model), torch.no_grad():
+    with judging(model, x):
         logits = model(x)
     checks.valid_logits(logits, len(x))
     checks.valid_labels(y, len(x), logits.shape[1])
@@ -142,14 +143,14 @@ def _judge(
         if not len(left):
             break
         began = time.monotonic()
-        found = attack(model, x[left], y[left], eps=eps, index=index[left], seed=seed)
+        found = attack(model, x[left], y[left], eps=eps, index=index[left], seed=fold(seed, name))
         broken = verify(model, x[left], y[left], found.x, eps, norm, box)
         evaluations[left] += found.evaluations
         won = left[broken]
         robust[won] = False
         if len(won):
             distance[won] = geometry.norm(found.x[broken].double() - x[won].double(), norm).to(distance.dtype)
-            with borrowed(model), torch.no_grad():
+            with judging(model, x):
                 adversarial[won] = losses.predictions(model(found.x[broken]))
         for row in won.tolist():
             winner[row] = name

@@ -59,6 +59,8 @@ class Evaluation:
             "confidence": 0.95,
             "evaluations_per_sample": float(table["evaluations"].mean()),
         }
+        if "effective_weight_norm" in table:
+            told["zero_gradients"] = float((table["effective_weight_norm"] == 0).mean())
         for name in ("effective_margin", "effective_weight_norm"):
             if name in table:
                 values = {"median": float(table[name].median()), "mean": float(table[name].mean())}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,13 @@ from wideberth.modes import borrowed
 
 TOLERANCE = 1e-6
 """Relative slack on the radius: what float32 arithmetic needs, far below what changes a verdict."""
+
+
+@contextmanager
+def judging(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """The model as a verdict sees it: in eval mode, without gradients, and in its own precision, not autocast's."""
+    with borrowed(model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 def verify(
@@ -25,5 +35,5 @@ def verify(
     allowed = geometry.per_sample(eps, x).double() * (1 + TOLERANCE)
     flat = x_adv.flatten(1)
     inside = (distance <= allowed) & (flat >= box[0]).all(1) & (flat <= box[1]).all(1)
-    with borrowed(model), torch.no_grad():
+    with judging(model, x):
         return inside & losses.misclassified(model(x_adv), y)

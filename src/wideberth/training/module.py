@@ -135,6 +135,9 @@ class RobustTraining(L.LightningModule):
         weights = self.weighting.weigh(step, payment)
         penalty = self.penalty(step, x_adv)
         loss = (weights * payment.losses).mean() + penalty
+        if self.radius.needs_adversary and payment.adversarial_logits is None:
+            name = type(self.objective).__name__
+            raise InputError(f"objective={name}: gave no adversarial logits, from which the radii are to be learned")
         if payment.adversarial_logits is not None:
             self.radius.observe(step, payment.adversarial_logits)
         self.visited[step.index] = True
@@ -183,13 +186,15 @@ class RobustTraining(L.LightningModule):
             x, y = x.clone(), y.clone()
             with torch.no_grad():
                 clean = ~losses.misclassified(self.model(x), y)
-            eps = torch.full((len(y),), self.radius.nominal(), device=x.device)
-            noise = Noise(index.clone(), fold(self.seed, "validation"))
-            found = self.attack.craft(self.model, Problem(x, y, eps, noise))
-        assert found.success is not None
+            found = None
+            if nominal := self.radius.nominal():  # without a radius there is nothing to call robust
+                eps = torch.full((len(y),), nominal, device=x.device)
+                noise = Noise(index.clone(), fold(self.seed, "validation"))
+                found = self.attack.craft(self.model, Problem(x, y, eps, noise)).success
         options: dict[str, Any] = {"on_epoch": True, "on_step": False, "batch_size": len(y), "sync_dist": True}
-        self.log("validation_clean", clean.float().mean(), **options)
-        self.log("validation_robust", (clean & ~found.success).float().mean(), prog_bar=True, **options)
+        self.log("validation_clean", clean.float().mean(), prog_bar=True, **options)
+        if found is not None:
+            self.log("validation_robust", (clean & ~found).float().mean(), prog_bar=True, **options)
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule, from their factories."""

@@ -51,7 +51,7 @@ class Radius(nn.Module, ABC):
         """Learn from the logits (B, K) at the adversarial points, which the objective has computed anyway."""
 
     def nominal(self) -> float:
-        """The radius that the run is judged at while it trains."""
+        """The radius that the run is judged at while it trains; 0: it is judged on clean inputs alone."""
         return 0.0
 
 

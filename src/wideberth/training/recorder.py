@@ -131,7 +131,7 @@ def summary(row: dict[str, Any], epochs: int | None) -> str:
 
 
 class KeepLast(Checkpoint):
-    """checkpoints/last.ckpt after every epoch, and best.ckpt by held-out robust accuracy where there is a split.
+    """checkpoints/last.ckpt after every epoch, and best.ckpt by held-out accuracy (robust, if there is a radius).
 
     Both are moved into place whole, so that a full disk or a crash leaves the previous one.
     """
@@ -150,7 +150,8 @@ class KeepLast(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the state after this epoch."""
-        score = float(trainer.callback_metrics.get("validation_robust", float("nan")))
+        metrics = trainer.callback_metrics
+        score = float(metrics.get("validation_robust", metrics.get("validation_clean", float("nan"))))
         better = score > self.best
         if better:
             self.best = score

@@ -9,12 +9,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
-import pandas as pd
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -26,13 +23,13 @@ from wideberth.attacks import PGD, Attack
 from wideberth.checks import InputError
 from wideberth.configuration import describe
 from wideberth.data import Augmentation, Data, Split, loader
-from wideberth.models import save_weights
 from wideberth.modes import Mode, borrowed
 from wideberth.runs import Run, write_atomically
+from wideberth.training.directory import claim, export, last_checkpoint, same_experiment
 from wideberth.training.module import MakeOptimizer, MakeScheduler, RobustTraining, sgd
 from wideberth.training.objectives import Objective
 from wideberth.training.radii import Radius
-from wideberth.training.recorder import KeepLast, Recorder, training_radii
+from wideberth.training.recorder import KeepLast, Recorder
 from wideberth.training.regularizers import Regularizer
 from wideberth.training.weightings import Weighting
 
@@ -117,9 +114,11 @@ def train(
         engine = _engine(out, _probe(held_out or split, probe), epochs, progress, trainer or {})
     # Last of what may refuse: from here on, `overwrite` has taken its toll.
     claim(out, resume=resume, overwrite=overwrite)
-    checkpoint, done = last_checkpoint(out, module, epochs) if resume else (None, 0)
     chosen = {name: getattr(module, name) for name in ("attack", "radius", "objective", "weighting")}
     record = {name: describe(value) for name, value in (arguments | chosen).items()} if config is None else config
+    if resume:
+        same_experiment(out, record)
+    checkpoint, done = last_checkpoint(out, module, epochs) if resume else (None, 0)
     write_atomically(
         out / "config.yaml", lambda file: file.write_text(yaml.safe_dump(record, sort_keys=False)) and None
     )
@@ -166,57 +165,6 @@ def interruptible() -> Iterator[None]:
             raise
         signal.signal(signal.SIGINT, handler)
         raise stop.__context__ from None
-
-
-def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the run directory, or refuse one that would be overwritten or cannot be resumed (`InputError`)."""
-    run = Run(out) if out.is_dir() else None
-    if resume and (run is None or run.checkpoint is None):
-        raise InputError(f"out={str(out)!r} with resume: holds no checkpoints/last.ckpt to resume from")
-    if run is not None and not resume:
-        began = run.finished or run.checkpoint is not None
-        if began and not overwrite:
-            state = "a finished run" if run.finished else "an unfinished run"
-            raise InputError(f"out={str(out)!r}: holds {state}; use --overwrite to replace it or --resume to continue")
-        # Hidden ones do not count: a process beside this one may just be writing the config.
-        foreign = any(not file.name.startswith(".") for file in out.iterdir())
-        if not began and foreign and not (out / "config.yaml").is_file():
-            raise InputError(f"out={str(out)!r}: holds files that are not a run's; choose an empty directory")
-        for file in RECORDS if overwrite or not began else ():
-            (out / file).unlink(missing_ok=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out={str(out)!r}: cannot be made a directory ({error.strerror})") from None
-
-
-def last_checkpoint(out: Path, module: RobustTraining, epochs: int) -> tuple[str, int]:
-    """The checkpoint to resume from and the epochs behind it, or a refusal of one that does not fit (`InputError`)."""
-    checkpoint = str(Run(out).checkpoint)
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    done = saved["epoch"] + 1
-    if done > epochs:
-        raise InputError(f"epochs={epochs}: {done} are done in {str(out)!r}; resume with at least as many")
-    try:
-        module.load_state_dict(saved["state_dict"])
-    except RuntimeError as error:
-        reason = shorten(str(error), 240, placeholder=" ...")
-        raise InputError(f"out={str(out)!r} with resume: does not fit this model and data: {reason}") from None
-    return checkpoint, done
-
-
-RECORDS = (
-    "model.safetensors",
-    "checkpoints/last.ckpt",
-    "checkpoints/best.ckpt",
-    "metrics.csv",
-    "samples.parquet",
-    "radii.parquet",
-    "extremes.npz",
-    "evaluation.json",
-    "evaluation.parquet",
-    "report.html",
-)
 
 
 def check_model(model: nn.Module, split: Split, data: Data) -> None:
@@ -274,26 +222,3 @@ def _engine(
     except (TypeError, ValueError, MisconfigurationException) as error:
         reason = " ".join(str(error).removeprefix("Trainer.__init__() ").split())
         raise InputError(f"trainer: {reason}; see lightning.Trainer") from None
-
-
-def export(out: Path, module: RobustTraining, split: Split) -> None:
-    """Write the weights, the per-sample table and the samples at both ends of the radii."""
-    samples = pd.DataFrame({"index": split.rows.numpy(), "label": split.labels.numpy()})
-    radii = training_radii(module)
-    if len(radii):
-        samples["radius"] = radii
-        arrays = extremes(split, radii)
-        write_atomically(out / "extremes.npz", lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
-    write_atomically(out / "samples.parquet", lambda file: samples.to_parquet(file))
-    save_weights(module.model, out / "model.safetensors")  # last: its presence says that the run is finished
-
-
-def extremes(split: Split, radii: np.ndarray[Any, Any], count: int = 16) -> dict[str, np.ndarray[Any, Any]]:
-    """The samples with the smallest and the largest radii: {small, large}_{x, index, label, radius}."""
-    order = np.argsort(radii, kind="stable")
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
-    for end, places in (("small", order[:count]), ("large", order[::-1][:count])):
-        x, y, index = split.__getitems__(places.tolist())
-        arrays |= {f"{end}_x": x.numpy(), f"{end}_label": y.numpy(), f"{end}_index": index.numpy()}
-        arrays[f"{end}_radius"] = radii[places]
-    return arrays
