@@ -98,7 +98,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def gains(results: pd.DataFrame) -> pd.DataFrame:
-    """The table: per setting, its accuracies, and its height above the fixed-radius curve of the same seed."""
+    """Per setting: accuracies, height above the fixed-radius curve of its seed, radii min/q1/median/q3/max."""
     rows = []
     for name, group in results.groupby("name", sort=False):
         heights = []
@@ -108,7 +108,7 @@ def gains(results: pd.DataFrame) -> pd.DataFrame:
             curve = curve[curve.clean[::-1].cummax()[::-1] == curve.clean]
             inside = len(curve) > 1 and curve.robust.min() <= entry.robust <= curve.robust.max()
             heights.append(entry.clean - np.interp(entry.robust, curve.robust, curve.clean) if inside else np.nan)
-        adaptive = not str(name).startswith("fixed")
+        shown = ["outside" if np.isnan(height) else f"{height:+.1f}" for height in heights]
         radii = np.array([entry for entry in group.radius_quantiles if entry])
         rows.append(
             {
@@ -116,14 +116,8 @@ def gains(results: pd.DataFrame) -> pd.DataFrame:
                 "seeds": len(group),
                 "clean": f"{group.clean.mean():.1f}",
                 "robust": f"{group.robust.mean():.1f}",
-                "gain over curve, by seed": ", ".join(
-                    "outside" if np.isnan(height) else f"{height:+.1f}" for height in heights
-                )
-                if adaptive
-                else "",
-                "radii (x255) min/q1/median/q3/max": " / ".join(f"{r:.1f}" for r in radii.mean(0))
-                if len(radii)
-                else "",
+                "gain over curve, by seed": "" if str(name).startswith("fixed") else ", ".join(shown),
+                "radii (x255)": " / ".join(f"{r:.1f}" for r in radii.mean(0)) if len(radii) else "",
                 "train s": f"{group.train_seconds.mean():.0f}",
             }
         )

@@ -72,7 +72,8 @@ def test_training_refuses(words: tuple[str, ...], named: list[str], wideberth) -
         (("--suite", "nope"), ["suite", "pgd"]),
         (("--norm", "l7"), ["norm", "linf"]),
         (("--rows", "0"), ["rows=0"]),
-        (("--weights", "nope.safetensors"), ["nope.safetensors"]),
+        (("--weights", "nope.safetensors"), ["--out", "--weights"]),
+        (("--weights", "nope.safetensors", "--out", "other"), ["nope.safetensors"]),
         (("--out", "margins.txt"), []),
     ],
 )
@@ -126,7 +127,7 @@ def test_labels_out_of_range_and_data_outside_the_box(wideberth) -> None:
     from wideberth.data import Tensors
 
     x, y = torch.rand(20, 3), torch.arange(20) % 3
-    with pytest.raises(InputError, match="0..1"):
+    with pytest.raises(InputError, match=r"0\.\.1"):
         Tensors(x, y, x, y, classes=2)
     with pytest.raises(InputError, match=r"box"):
         Tensors(3 * x + 1, y, x, y)

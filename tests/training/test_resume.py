@@ -188,9 +188,9 @@ def test_the_order_does_not_depend_on_who_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda: {"model": mlp(width=9)}, "does not fit this model and data: .*size mismatch"),
-        (lambda: {"model": mlp(batch_norm=True)}, "does not fit this model and data: .*Missing key"),
-        (lambda: {"radius": InstanceAdaptive(0.1)}, "does not fit this model and data: .*radii"),
+        (lambda: {"model": mlp(width=9)}, r"model.init_args.hidden was \[8\], and is now \[9\]"),
+        (lambda: {"model": mlp(batch_norm=True)}, "model.init_args.batch_norm was False, and is now True"),
+        (lambda: {"radius": InstanceAdaptive(0.1)}, "radius.class_path was .*Zero, and is now .*InstanceAdaptive"),
         (lambda: {"epochs": 1}, "epochs=1: 2 are done"),
     ],
 )

@@ -57,11 +57,19 @@ def same_experiment(out: Path, record: dict[str, Any]) -> None:
     """Refuse to resume a run by another configuration than its own, `FREE` aside (`InputError`)."""
     stored = Run(out).config
     for name in (key for key in {**stored, **record} if key not in FREE):
-        if stored.get(name) != record.get(name):
-            then, now = (shorten(str(told.get(name)), 110, placeholder=" ...") for told in (stored, record))
-            raise InputError(
-                f"out={str(out)!r} with resume: {name} was {then}, and is now {now}; only {', '.join(FREE)} may change"
-            )
+        if change := difference(stored.get(name), record.get(name), name):
+            raise InputError(f"out={str(out)!r} with resume: {change}; only {', '.join(FREE)} may change")
+
+
+def difference(then: Any, now: Any, name: str) -> str:
+    """Where two configurations differ first, in words; empty where they are the same."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        found = (difference(then.get(key), now.get(key), f"{name}.{key}") for key in {**then, **now})
+        return next(filter(None, found), "")
+    if then == now:
+        return ""
+    was, is_now = (shorten(str(value), 80, placeholder=" ...") for value in (then, now))
+    return f"{name} was {was}, and is now {is_now}"
 
 
 def last_checkpoint(out: Path, module: RobustTraining, epochs: int) -> tuple[str, int]:
