@@ -107,7 +107,7 @@ class Clock(L.Callback):
         self.seconds.append(time.perf_counter() - self.began)
 
 
-def ours(model: nn.Module, batches: list[Any], samples: int, **policies: Any) -> Callable[[], float]:
+def ours(model: nn.Module, batches: Any, samples: int, **policies: Any) -> Callable[[], float]:
     """One timed step of our loop, inside Lightning."""
     policies.setdefault("attack", wb.attacks.PGD(steps=STEPS, step_size=2 / 255))
     optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -154,7 +154,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = wb.models.PreActResNet18()
     x, y, index = torch.rand(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,)), torch.arange(BATCH)
-    batches = [(x, y, index)] * 2
+    batches = torch.utils.data.DataLoader([(x, y, index)] * 2, batch_size=None)
     adaptive, fixed, emr = wb.radii.InstanceAdaptive, wb.radii.Fixed, wb.regularizers.EffectiveMargin
     scaled = wb.attacks.PGD(steps=STEPS, step_size=wb.attacks.ScaledStep(2, floor=2 / 255))
     authors = AuthorsIAAT(model, BATCH)

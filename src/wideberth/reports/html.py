@@ -152,7 +152,10 @@ def headline(runs: Sequence[Run], table: pd.DataFrame) -> str:
 def _samples(verdict: dict[str, Any]) -> str:
     count = f"{n:,.0f} " if math.isfinite(n := number(verdict.get("n"))) else "the "
     split = f"{verdict['split']} " if verdict.get("split") else ""
-    return f"{count}{split}samples" + (f" of {value_text(verdict['data'])}" if verdict.get("data") else "")
+    data = verdict.get("data")
+    # The data set's name will do here: its arguments stand below, under "How it was measured".
+    name = value_text({"class_path": data["class_path"]} if isinstance(data, dict) and "class_path" in data else data)
+    return f"{count}{split}samples" + (f" of {name}" if data else "")
 
 
 def _threat(verdict: dict[str, Any]) -> str:
