@@ -139,7 +139,7 @@ def test_commands_of_a_page_parse(page: Path, workplace: Path, monkeypatch: pyte
         given = {re.split(r"[.=+]", word[2:])[0] for word in words if word.startswith("--")}
         assert given <= accepted, f"wideberth {name} {shlex.join(words)}: there is no {given - accepted}"
         if name == "train":
-            train.parser().parse_args(parsing.recipe_paths(words))
+            train.parser().parse_args(parsing.prepared(words))
         else:
             parsing.parse(name, function, words, many="runs" if "runs" in parameters else None)
 
@@ -151,7 +151,7 @@ def test_configurations_of_a_page_parse(page: Path, workplace: Path) -> None:
         file = workplace / f"{place}.yaml"
         file.write_text(block)
         words = ["--config", str(file)] if "model:" in block else ["--config", "digits/pgd-at", "--config", str(file)]
-        train.parser().parse_args(parsing.recipe_paths(words))
+        train.parser().parse_args(parsing.prepared(words))
 
 
 def anchors(page: Path) -> set[str]:
