@@ -32,10 +32,11 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "simple, gamma 1.9": {"rule": "simple", "gamma": 1.9 / 255},
     "lookahead, beta 0.5": {"rule": "lookahead", "gamma": 1.9 / 255, "beta": 0.5},
 }
-# What may move the result, run after the above: gamma, smoothing, what becomes of misclassified samples.
+# What may move the result, run after the above: gamma, warm-up, smoothing, what becomes of misclassified samples.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "simple, gamma 0.6": {"rule": "simple", "gamma": 0.6 / 255},
     "simple, gamma 1.9, decay 0.1": {"rule": "simple", "gamma": 1.9 / 255, "misclassified": "decay"},
+    "simple, gamma 1.9, no warm-up": {"rule": "simple", "gamma": 1.9 / 255, "warmup": 0},
     "lookahead, beta 0.1, decay (authors)": {
         "rule": "lookahead",
         "gamma": 1.9 / 255,
@@ -65,7 +66,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     if name.startswith("fixed"):
         radius: Any = wb.radii.Fixed(float(name.split()[1]) / 255, warmup=options.warmup)
     else:
-        radius = wb.radii.InstanceAdaptive(8 / 255, warmup=options.warmup, **(ADAPTIVE | ABLATIONS)[name])
+        radius = wb.radii.InstanceAdaptive(8 / 255, **({"warmup": options.warmup} | (ADAPTIVE | ABLATIONS)[name]))
     began = time.monotonic()
     trained = wb.train(
         model,

@@ -13,7 +13,7 @@ from training_tools import seeded
 
 import wideberth as wb
 from wideberth.randomness import Noise
-from wideberth.training.regularizers import EffectiveMargin, InputGradient, Regularizer
+from wideberth.training.regularizers import EffectiveMargin, InputGradient, Regularizer, settled
 from wideberth.training.schedules import Ramp, Steps
 
 W = torch.tensor([[1, 0, 2], [0, -1, 1], [2, 1, 0], [0, 0, 1]], dtype=torch.float64)
@@ -197,6 +197,33 @@ def test_parameter_gradients_are_finite_differences(estimator: str, net: str) ->
                 parameter.sub_(direction, alpha=sign * size)
         difference = (sides[0] - sides[1]) / (2 * size)
         assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_settled_penalty_has_the_same_gradients(estimator: str) -> None:
+    """Also where the loss is scaled afterwards, where a parameter is frozen, and where one is never reached."""
+    x, y, noise = images()
+    found = []
+    for settle in (False, True):
+        model = NETS["relu, max pool"]().train()
+        model[0].weight.requires_grad_(False)
+        model.register_parameter("idle", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+        penalty = 0.3 * ESTIMATORS[estimator]()(model, x, y, noise).mean()
+        total = settled(penalty, model.parameters()) if settle else penalty
+        (7 * total + F.cross_entropy(model(x), y)).backward()
+        found.append((total.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (plain, expected), (ours, gradients) = found
+    assert torch.equal(ours, plain)
+    assert gradients["idle"] is gradients["0.weight"] is None
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            assert torch.allclose(gradient, expected[name], rtol=1e-12, atol=1e-14), name
+            assert gradient.abs().max() > 0
+
+
+def test_settling_what_has_no_gradient_changes_nothing() -> None:
+    value = torch.tensor(2.0)
+    assert settled(value, [nn.Parameter(torch.ones(1))]) is value
 
 
 # ---- manners --------------------------------------------------------------------------------------------------------

@@ -21,18 +21,49 @@ Settings: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """Stride, padding and dilation by axis, and groups, of a convolution."""
 
 
-def _times(x: Tensor, slope: Tensor, inplace: bool) -> Tensor:
-    return x.mul_(slope) if inplace else x * slope  # in place: the caller may go on with the tensor it gave
+class _Gate(torch.autograd.Function):
+    """A gradient on its way back through a (leaky) ReLU whose output was `output`: linear, so its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, output: Tensor, slope: float) -> Tensor:
+        ctx.save_for_backward(output)
+        ctx.slope = slope
+        if slope == 0:  # the kernel of the plain ReLU is the faster one
+            passed: Tensor = torch.ops.aten.threshold_backward(gradient, output, 0)
+        else:
+            passed = torch.ops.aten.leaky_relu_backward(gradient, output, slope, True)
+        return passed
+
+    @staticmethod
+    def backward(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
+        return _Gate.apply(second, *ctx.saved_tensors, ctx.slope), None, None
 
 
-def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    return _times(input, input.detach() > 0, inplace)
+class _LeakyReLU(torch.autograd.Function):
+    """A (leaky) ReLU whose gradient is `_Gate`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        output = F.relu(x) if slope == 0 else F.leaky_relu(x, slope)
+        ctx.save_for_backward(output)
+        ctx.slope = slope
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (output,) = ctx.saved_tensors
+        return _Gate.apply(gradient, output.detach(), ctx.slope), None
 
 
 def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    # A slope of x's dtype: one of float32 would round it, and turn bfloat16 into float32.
-    slope = torch.ones_like(input).masked_fill_(input.detach() <= 0, negative_slope)
-    return _times(input, slope, inplace)
+    if negative_slope < 0:  # the sign of the output no longer tells that of the input
+        return F.leaky_relu(input, negative_slope, inplace)
+    output: Tensor = _LeakyReLU.apply(input, negative_slope)
+    return input.copy_(output) if inplace else output  # in place: the caller may go on with the tensor it gave
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    return _leaky_relu(input, 0.0, inplace)
 
 
 def _max_pool2d(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -56,7 +87,7 @@ def _batch_norm(
     scale = torch.rsqrt(running_var + eps) if weight is None else weight * torch.rsqrt(running_var + eps)
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
     channel = [1, -1, *[1] * (input.dim() - 2)]
-    return input * scale.view(channel) + shift.view(channel)
+    return torch.addcmul(shift.view(channel), input, scale.view(channel))
 
 
 class _InputGradient(torch.autograd.Function):

@@ -21,7 +21,7 @@ from wideberth.modes import Mode, borrowed
 from wideberth.randomness import Noise, fold
 from wideberth.training.objectives import AdversarialCrossEntropy, Objective, Payment
 from wideberth.training.radii import Radius, Zero
-from wideberth.training.regularizers import Regularizer
+from wideberth.training.regularizers import Regularizer, settled
 from wideberth.training.step import Step
 from wideberth.training.weightings import Uniform, Weighting
 
@@ -131,9 +131,9 @@ class RobustTraining(L.LightningModule):
         step.attack_loss = self.objective.attack_loss(step)
         eps = self.radius.propose(step)
         x_adv = self.perturb(step, eps)
+        penalty = self.penalty(step, x_adv)  # first, since its graph is gone before the objective builds its own
         payment = self.objective.pay(step, x_adv)
         weights = self.weighting.weigh(step, payment)
-        penalty = self.penalty(step, x_adv)
         loss = (weights * payment.losses).mean() + penalty
         if self.radius.needs_adversary and payment.adversarial_logits is None:
             name = type(self.objective).__name__
@@ -173,7 +173,7 @@ class RobustTraining(L.LightningModule):
             weight = regularizer.weight_at(step.progress)
             if weight:
                 values = regularizer(step.model, x_adv, step.y, step.noise.fold("regularizer", place))
-                total = total + weight * values.mean()
+                total = total + settled(weight * values.mean(), step.model.parameters())
         return total
 
     # ---- around it ------------------------------------------------------------------------------------------------

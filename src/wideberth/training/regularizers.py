@@ -6,7 +6,8 @@ are converted in the recipes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -121,3 +122,31 @@ class InputGradient(Regularizer):
         """The squared l2 norm of each sample's loss gradient, (B,)."""
         del noise
         return squared_norm(losses.cross_entropy(model(point), y), point)
+
+
+class _Settled(torch.autograd.Function):
+    """A value with the gradients it will have, which are scaled by what comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *[scale * gradient for gradient in ctx.gradients]
+
+
+def settled(value: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """`value`, (), with its gradient in `parameters` taken now, and its graph let go.
+
+    The graph of a second derivative is the largest of a training step. Let go before the objective builds its own, the
+    two never lie in memory together: a lower peak, and on a CPU a step several per cent faster.
+    """
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    if not value.requires_grad or not wanted:
+        return value
+    found = torch.autograd.grad(value, wanted, allow_unused=True)
+    reached = [(p, gradient) for p, gradient in zip(wanted, found, strict=True) if gradient is not None]
+    settled_value: Tensor = _Settled.apply(value.detach(), [g for _, g in reached], *[p for p, _ in reached])
+    return settled_value
