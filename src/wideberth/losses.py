@@ -19,6 +19,9 @@ from wideberth.checks import InputError
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, K), labels (B,)) -> (B,), to be increased by an attack."""
 
+TargetedLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits (B, K), labels (B,), targets (B,)) -> (B,), higher = closer to being taken for the target."""
+
 _TINY = 1e-12
 
 
@@ -77,35 +80,52 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
     return margin_loss(logits, y) / (top[:, 0] - top[:, 2] + _TINY)
 
 
-class Targeted:
-    """Losses towards a target class: higher = closer to being taken for `target`.
+def targeted_cross_entropy(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Log-probability of the target, (B,) <= 0."""
+    del y  # the target alone matters; the signature is that of every targeted loss
+    return -cross_entropy(logits, target)
 
-    Each has the signature of a `Loss`, with the target (B,) bound beforehand: `Targeted(target).cross_entropy`.
+
+def targeted_margin_loss(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Logit of the target minus the label's, (B,)."""
+    return _at(logits, target) - _at(logits, y)
+
+
+def targeted_probability_margin_loss(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Probability of the target minus the label's, (B,) in [-1, 1]."""
+    return targeted_margin_loss(logits.softmax(1), y, target)
+
+
+def targeted_dlr_loss(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Targeted difference of logits ratio (Croce and Hein 2020), (B,).
+
+    Raises:
+        InputError: with fewer than 4 classes, where the ratio is not defined.
     """
+    if logits.shape[1] < 4:
+        raise InputError(f"targeted dlr_loss: needs at least 4 classes, the model has {logits.shape[1]}")
+    top = logits.topk(4, dim=1).values
+    spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _TINY
+    return targeted_margin_loss(logits, y, target) / spread
 
-    def __init__(self, target: Tensor) -> None:
-        self.target = target
 
-    def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Log-probability of the target, (B,)."""
-        del y  # the target alone matters; the signature is that of every loss
-        return -cross_entropy(logits, self.target)
+_TARGETED: dict[Loss, TargetedLoss] = {
+    cross_entropy: targeted_cross_entropy,
+    margin_loss: targeted_margin_loss,
+    probability_margin_loss: targeted_probability_margin_loss,
+    dlr_loss: targeted_dlr_loss,
+}
 
-    def margin_loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Logit of the target minus the label's, (B,)."""
-        return _at(logits, self.target) - _at(logits, y)
 
-    def dlr_loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Targeted difference of logits ratio (Croce and Hein 2020), (B,).
+def towards(loss: Loss) -> TargetedLoss:
+    """The form of a loss that steers from the label to a target; of a loss of the user's own, minus it there."""
+    known = _TARGETED.get(loss)
+    return (lambda logits, y, target: -loss(logits, target)) if known is None else known
 
-        Raises:
-            InputError: with fewer than 4 classes, where the ratio is not defined.
-        """
-        if logits.shape[1] < 4:
-            raise InputError(f"targeted dlr_loss: needs at least 4 classes, the model has {logits.shape[1]}")
-        top = logits.topk(4, dim=1).values
-        spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _TINY
-        return self.margin_loss(logits, y) / spread
+
+def likeliest(logits: Tensor, y: Tensor) -> Tensor:
+    """The classes other than the label, by falling logit, (B, K - 1) int64; ties in the order of the classes."""
+    return _others(logits, y).argsort(dim=1, descending=True, stable=True)[:, :-1]
 
 
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:

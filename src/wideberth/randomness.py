@@ -83,6 +83,12 @@ class Noise:
         """The same streams at another draw."""
         return replace(self, draw=draw)
 
+    def then(self, step: Tensor) -> Noise:
+        """The streams of the rows' runs or iterations, (B,) int64 >= 0; those of step 0 are where they stand."""
+        draw = torch.as_tensor(self.draw, device=self.index.device)
+        further = _mix(draw * _signed(_GAMMA) + step + _signed(_MIX_1))
+        return replace(self, draw=torch.where(step == 0, draw, further))
+
     def fold(self, *words: int | str) -> Noise:
         """The streams of another purpose."""
         return replace(self, seed=fold(self.seed, *words))

@@ -88,7 +88,7 @@ def test_worst_prefers_a_flip_to_a_loss_and_last_forgets_both(
 def test_input_gradient_is_that_of_each_sample_alone(batch: int) -> None:
     weight = torch.tensor([[1.0, 2.0], [-3.0, 0.5]], dtype=torch.float64)
     x, y = torch.rand(batch, 2, dtype=torch.float64), torch.arange(batch) % 2
-    logits, values, gradient = input_gradient(linear(weight), x, y, losses.margin_loss)
+    logits, values, gradient = input_gradient(linear(weight), x, lambda z: losses.margin_loss(z, y))
     torch.testing.assert_close(gradient, weight[1 - y] - weight[y])
     torch.testing.assert_close(values, losses.margin_loss(logits, y))
     assert not any(t.requires_grad for t in (logits, values, gradient, x))
@@ -134,7 +134,7 @@ def test_targeted_loss_bound_beforehand_is_a_loss_like_any_other() -> None:
     model, x = network(), torch.full((1, 6), 0.4, dtype=torch.float64)
     y = predicted(model, x).argmax(1)
     target = (y + 2) % 4
-    found = PGD(steps=20, loss=losses.Targeted(target).margin_loss)(model, x, y, eps=1.0)
+    found = PGD(steps=20, loss=lambda z, y: losses.targeted_margin_loss(z, y, target))(model, x, y, eps=1.0)
     assert torch.equal(predicted(model, found.x).argmax(1), target)
 
 

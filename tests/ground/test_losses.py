@@ -16,16 +16,23 @@ from wideberth.checks import InputError
 CLEAN = torch.tensor([[2, 1, 0, -1], [0.5, 1.5, 0, -0.5]], dtype=torch.float64)
 ADV = torch.tensor([[1, 1.5, 0, -1], [0, 2, 0.5, -0.5]], dtype=torch.float64)
 Y = torch.tensor([0, 1])
-TOWARDS = losses.Targeted(torch.tensor([1, 2]))
+TARGET = torch.tensor([1, 2])
+
+
+def towards(loss: losses.Loss) -> losses.Loss:
+    """The targeted form of a loss, with the targets of this file."""
+    return lambda logits, y: losses.towards(loss)(logits, y, TARGET)
+
+
 EVERY_LOSS: dict[str, losses.Loss] = {
     "cross_entropy": losses.cross_entropy,
     "margin_loss": losses.margin_loss,
     "soft_margin_loss": losses.soft_margin_loss,
     "probability_margin_loss": losses.probability_margin_loss,
     "dlr_loss": losses.dlr_loss,
-    "targeted cross_entropy": TOWARDS.cross_entropy,
-    "targeted margin_loss": TOWARDS.margin_loss,
-    "targeted dlr_loss": TOWARDS.dlr_loss,
+    "targeted cross_entropy": towards(losses.cross_entropy),
+    "targeted margin_loss": towards(losses.margin_loss),
+    "targeted dlr_loss": towards(losses.dlr_loss),
 }
 
 
@@ -39,12 +46,12 @@ EVERY_LOSS: dict[str, losses.Loss] = {
         (losses.probability_margin_loss(ADV, Y), [0.205817, -0.539287]),
         (losses.dlr_loss(ADV, Y), [1 / 3, -0.75]),
         (losses.dlr_loss(CLEAN, Y), [-0.5, -2 / 3]),
-        (TOWARDS.dlr_loss(ADV, Y), [0.25, -2 / 3]),
+        (towards(losses.dlr_loss)(ADV, Y), [0.25, -2 / 3]),
         (losses.margin_loss(ADV, Y), [0.5, -1.5]),
         (losses.logit_margin(ADV, Y), [-0.5, 1.5]),
         (losses.soft_margin_loss(ADV, Y), [0.766368, -0.819730]),
-        (TOWARDS.margin_loss(ADV, Y), [0.5, -1.5]),
-        (TOWARDS.cross_entropy(ADV, Y), [-0.648017, -1.865025]),
+        (towards(losses.margin_loss)(ADV, Y), [0.5, -1.5]),
+        (towards(losses.cross_entropy)(ADV, Y), [-0.648017, -1.865025]),
     ],
 )
 def test_values(value: Tensor, expected: list[float]) -> None:
@@ -103,7 +110,7 @@ def test_kl_has_no_gradient_where_both_arguments_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "classes", "least"), [(losses.dlr_loss, 2, "at least 3"), (TOWARDS.dlr_loss, 3, "at least 4")]
+    ("loss", "classes", "least"), [(losses.dlr_loss, 2, "at least 3"), (towards(losses.dlr_loss), 3, "at least 4")]
 )
 def test_dlr_refuses_too_few_classes(loss: losses.Loss, classes: int, least: str) -> None:
     with pytest.raises(InputError, match=f"needs {least} classes, the model has {classes}"):
@@ -111,7 +118,7 @@ def test_dlr_refuses_too_few_classes(loss: losses.Loss, classes: int, least: str
     assert loss(torch.cat([ADV, ADV], 1)[:, : classes + 1], Y).shape == (2,)
 
 
-@pytest.mark.parametrize("loss", [losses.dlr_loss, TOWARDS.dlr_loss])
+@pytest.mark.parametrize("loss", [losses.dlr_loss, towards(losses.dlr_loss)])
 @pytest.mark.parametrize("change", [lambda z: 1000 * z, lambda z: z - 7])
 def test_dlr_sees_neither_scale_nor_shift(loss: losses.Loss, change: Callable[[Tensor], Tensor]) -> None:
     torch.testing.assert_close(loss(change(ADV), Y), loss(ADV, Y), rtol=1e-9, atol=1e-9)

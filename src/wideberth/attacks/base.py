@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,79 +37,271 @@ class Adversarial:
     evaluations: Tensor
 
 
+class Rows:
+    """A dataclass of tensors whose first axis is the row: rows can leave it, and others join."""
+
+    def rows(self, where: Tensor) -> Self:
+        """The part of the rows `where` (bool or indices); what is no tensor is of all rows, and stays."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **{name: _rows(part, where) for name, part in parts.items()})  # type: ignore[type-var]
+
+    def joined(self, other: Self) -> Self:
+        """These rows, and then those of `other`."""
+        parts = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **{name: _joined(*pair) for name, pair in parts.items()})  # type: ignore[type-var]
+
+
+def _rows(part: Any, where: Tensor) -> Any:
+    if isinstance(part, Tensor):
+        return part[where]
+    if isinstance(part, Noise):
+        draw = part.draw[where] if isinstance(part.draw, Tensor) else part.draw
+        return Noise(part.index[where], part.seed, draw)
+    return part
+
+
+def _joined(part: Any, other: Any) -> Any:
+    if isinstance(part, Tensor):
+        return torch.cat([part, other])
+    if isinstance(part, Noise):
+        draw = part.draw
+        if isinstance(draw, Tensor):
+            draw = torch.cat([draw, other.draw])
+        return Noise(torch.cat([part.index, other.index]), part.seed, draw)
+    return part
+
+
 @dataclass(frozen=True)
-class Problem:
-    """One batch to attack: the inputs, what must be left (or reached), how far, and each row's random stream."""
+class Problem(Rows):
+    """One batch to attack, row by row.
+
+    Attributes:
+        x: (B, ...) inputs.
+        y: (B,) labels, which are to be left.
+        eps: (B,) radii; infinite where a minimum-norm attack is to find the smallest.
+        noise: each row's random stream.
+        target: (B,) classes to steer to, or None.
+        strict: whether only the target counts as success; a verdict's targeted runs are content with any mistake.
+    """
 
     x: Tensor
     y: Tensor
     eps: Tensor
     noise: Noise
     target: Tensor | None = None
-
-    def rows(self, where: Tensor) -> Problem:
-        """The sub-problem of the rows `where` (bool or indices)."""
-        draw = self.noise.draw[where] if isinstance(self.noise.draw, Tensor) else self.noise.draw
-        noise = Noise(self.noise.index[where], self.noise.seed, draw)
-        target = None if self.target is None else self.target[where]
-        return Problem(self.x[where], self.y[where], self.eps[where], noise, target)
+    strict: bool = True
 
     def achieved(self, logits: Tensor) -> Tensor:
         """Whether these logits (B, K) are what the attack wants, (B,) bool."""
-        if self.target is None:
+        if self.target is None or not self.strict:
             return losses.misclassified(logits, self.y)
         return losses.predictions(logits) == self.target
 
-    def objective(self, loss: Loss) -> Loss:
-        """The loss to ascend: the given one, or its negative at the target."""
-        target = self.target
-        return loss if target is None else lambda logits, y: -loss(logits, target)
+    def loss(self, loss: Loss) -> Callable[[Tensor], Tensor]:
+        """The loss to ascend, of the logits: the given one, or its form that steers to the target."""
+        y, target = self.y, self.target
+        if target is None:
+            return lambda logits: loss(logits, y)
+        if self.strict:
+            return lambda logits: -loss(logits, target)
+        return lambda logits: losses.towards(loss)(logits, y, target)
 
 
-def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class State(Rows):
+    """Where a run stands; every tensor's first axis is the row. Attacks extend it with what they remember.
+
+    Attributes:
+        point: (B, ...) where the model is asked next.
+        kept: (B, ...) what the run would return now.
+        value: (B,) how good `kept` is, higher = better: the loss there, or minus its distance of a minimum-norm attack.
+        broken: (B,) bool, whether `kept` achieves the goal within its radius.
+        survived: (B,) int64, points asked about before the first that achieves the goal.
+        iteration: (B,) int64, steps taken.
+        spent: (B,) int64, forwards plus backwards.
+    """
+
+    point: Tensor
+    kept: Tensor
+    value: Tensor
+    broken: Tensor
+    survived: Tensor
+    iteration: Tensor
+    spent: Tensor
+
+    @classmethod
+    def at(cls, problem: Problem, point: Tensor, **own: Any) -> Self:
+        """The state of a run that begins at `point` (B, ...) and has asked nothing yet."""
+        none = torch.zeros_like(problem.y, dtype=torch.int64)
+        value = torch.full_like(problem.eps, float("-inf"))
+        return cls(point, point, value, none.bool(), none, none, none, **own)
+
+
+def input_gradient(
+    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], draws: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """One forward and one input gradient: logits (B, K), losses (B,), gradient of each row's own loss (B, ...).
+
+    Args:
+        model: maps x to logits.
+        x: (B, ...) where.
+        loss: of the logits, one per row.
+        draws: of a randomised model: losses and gradients are means over so many passes (expectation over
+            transformation, Athalye et al. 2018), the logits are those of the last.
 
     Raises:
         InputError: where the model's output does not depend differentiably on its input.
     """
     point = x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = model(point)
-        values = loss(logits, y)
-        if not values.requires_grad:
-            raise InputError("the model's output carries no gradient to its input: gradient attacks cannot run")
-        if values.shape != y.shape:
-            raise InputError(f"the loss returned shape {tuple(values.shape)}: must be one loss per sample, ({len(y)},)")
-        # Summed, not averaged: row i of the gradient belongs to sample i alone.
-        (gradient,) = torch.autograd.grad(values.sum(), point, materialize_grads=True)
+    value, gradient = torch.zeros(()), torch.zeros(())
+    for draw in range(draws):
+        with torch.enable_grad():
+            logits = model(point)
+            values = loss(logits)
+            if not values.requires_grad:
+                raise InputError("the model's output carries no gradient to its input: gradient attacks cannot run")
+            if values.shape != x.shape[:1]:
+                came = tuple(values.shape)
+                raise InputError(f"the loss returned shape {came}: must be one loss per sample, ({len(x)},)")
+            # Summed, not averaged: row i of the gradient belongs to sample i alone.
+            (found,) = torch.autograd.grad(values.sum(), point, materialize_grads=True)
+        value = value + values.detach() if draw else values.detach()
+        gradient = gradient + found if draw else found
+    if draws > 1:
+        value, gradient = value / draws, gradient / draws
     # A NaN has no direction; left in, it would spread to the point and end the row's attack.
-    return logits.detach(), values.detach(), gradient.nan_to_num(nan=0.0)
+    return logits.detach(), value, gradient.nan_to_num(nan=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
-    """Immutable hyper-parameters; calling it crafts. A new attack is one subclass with a `craft`.
+    """Immutable hyper-parameters; calling it crafts. A new attack is one subclass with `rounds`, `begin` and `step`.
+
+    A run is a state machine that each row goes through by itself: `begin` places it, `step` asks the model once about
+    every row and moves it. So rows at different stages, of different restarts and targets, can share a batch.
 
     Attributes:
         norm: "linf", "l2" or "l1".
         box: (low, high) that every input and every crafted point lies in.
+        restarts: how many runs from starts of their own; after the first, only rows that are still unbroken run again.
+        targets: aim at this many classes, the likeliest first, one run each; 0 aims at none in particular. What counts
+            is a misclassification, whatever the class.
     """
 
     norm: Norm = "linf"
     box: Box = (0.0, 1.0)
+    restarts: int = 1
+    targets: int = 0
+
+    minimal: ClassVar[bool] = False
+    """Whether a run looks for the smallest perturbation, and goes on after the first success."""
+    needs_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""
         checks.norm_name(self.norm)
         checks.valid_box(self.box)
+        checks.at_least("restarts", self.restarts, 1)
+        checks.at_least("targets", self.targets, 0)
+
+    @property
+    @abstractmethod
+    def rounds(self) -> int:
+        """How many steps a run takes, the last of which judges what the one before it found."""
 
     @abstractmethod
+    def begin(self, problem: Problem) -> State:
+        """The state before the model was asked anything."""
+
+    @abstractmethod
+    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+        """Ask the model about `state.point`, take account of the answer, and choose the point to ask about next.
+
+        No host synchronisation and no data-dependent shapes. `loss` overrides the attack's own.
+        """
+
+    # ---- runs: restarts and targets -----------------------------------------------------------------------------
+
+    def runs(self, classes: int) -> list[tuple[int, int]]:
+        """The runs that a sample is due, in order: (restart, which target), the latter -1 where none is aimed at."""
+        ranks = range(min(self.targets, classes - 1)) if self.targets else (-1,)
+        return [(restart, rank) for restart in range(self.restarts) for rank in ranks]
+
+    def prepared(self, problem: Problem, run: Tensor, likely: Tensor | None) -> Problem:
+        """The problem as the rows' runs see it: with noise, and maybe a target, of their own.
+
+        Args:
+            problem: the rows.
+            run: (B,) int64, which of `runs` each row is at.
+            likely: (B, K - 1) classes other than the label, the likeliest first; needed for `targets`.
+        """
+        noise = problem.noise.then(run)
+        if not self.targets or problem.target is not None or likely is None:
+            return replace(problem, noise=noise)
+        runs = torch.tensor(self.runs(likely.shape[1] + 1), device=run.device)
+        aim = likely.gather(1, runs[run, 1:]).squeeze(1)
+        return replace(problem, noise=noise, target=aim, strict=False)
+
     def craft(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> Adversarial:
         """The attack itself, on a model whose mode and gradient flags are as they should be.
 
-        A fixed number of steps, no host synchronisation and no data-dependent shapes with `judge=False`: this is what
-        training calls. `loss` overrides the attack's own (an objective may ask for the loss it pays).
+        With one run and `judge=False` there is a fixed number of steps, no host synchronisation and no data-dependent
+        shape: this is what training calls. `loss` overrides the attack's own (an objective may ask for the loss it
+        pays); it is tied to its batch (TRADES' clean logits), so with it all rows run again.
         """
+        likely, runs = None, self.restarts
+        if self.targets and problem.target is None:
+            with torch.no_grad():
+                likely = losses.likeliest(model(problem.x), problem.y)
+            runs = len(self.runs(likely.shape[1] + 1))
+        found: State | None = None
+        for run in range(runs):
+            left = torch.arange(len(problem.y), device=problem.y.device)
+            if found is not None and not self.minimal and loss is None:
+                left = (~found.broken).nonzero().squeeze(1)
+            if not len(left):
+                break
+            part = problem.rows(left)
+            if runs > 1 or likely is not None:
+                part = self.prepared(part, torch.full_like(left, run), None if likely is None else likely[left])
+            again = self.run(model, part, loss=loss, judge=judge or runs > 1)
+            found = again if found is None else self._merged(found, again, left)
+        assert found is not None
+        judged = judge or runs > 1 or self.judges
+        success = found.broken if judged else None
+        return Adversarial(found.kept.detach(), success, found.survived, found.spent + (likely is not None))
+
+    @property
+    def judges(self) -> bool:
+        """Whether a run tells success without being asked, because it needs to know itself."""
+        return True
+
+    def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
+        """One run of all rows, to its end."""
+        del judge
+        state = self.begin(problem)
+        for _ in range(self.rounds):
+            state = self.step(model, problem, state, loss)
+        return state
+
+    def _merged(self, found: State, again: State, left: Tensor) -> State:
+        """What is known after the rows `left` ran once more: the better of the two, and the cost of both."""
+        before = found.rows(left)
+        new = (again.broken & ~before.broken) | ((again.broken == before.broken) & self.improves(before, again))
+        merged = found
+        for name in ("point", "kept", "value", "broken"):
+            part = getattr(again, name)
+            chosen = torch.where(geometry.column(new, part), part, getattr(before, name))
+            merged = replace(merged, **{name: getattr(merged, name).index_copy(0, left, chosen)})
+        return replace(
+            merged,
+            survived=found.survived.index_add(0, left, again.survived),
+            spent=found.spent.index_add(0, left, again.spent),
+        )
+
+    def improves(self, before: State, again: State) -> Tensor:
+        """Of two runs that both succeeded or both failed, whether the later is to be returned, (B,) bool."""
+        return again.value > before.value if self.minimal else torch.zeros_like(again.broken)
 
     def __call__(
         self,
