@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from wideberth import geometry, losses
-from wideberth.attacks import FGSM, PGD, Adversarial, Attack, Problem
+from wideberth.attacks import FGSM, PGD, Attack, Problem
+from wideberth.attacks.base import State
 from wideberth.checks import InputError, Norm
 from wideberth.data import InMemory, Split, Tensors
 from wideberth.evaluation import Evaluation, evaluate, verify
@@ -238,9 +239,14 @@ class Liar(Attack):
 
     lie: str = ""
 
-    def craft(
-        self, model: nn.Module, problem: Problem, *, loss: losses.Loss | None = None, judge: bool = True
-    ) -> Adversarial:
+    @property
+    def rounds(self) -> int:
+        return 1
+
+    def begin(self, problem: Problem) -> State:
+        return State.at(problem, problem.x)
+
+    def step(self, model: nn.Module, problem: Problem, state: State, loss: losses.Loss | None = None) -> State:
         x, eps = problem.x, geometry.column(problem.eps, problem.x)
         told = {
             "outside the ball": x + 3 * eps,
@@ -251,8 +257,8 @@ class Liar(Attack):
             "the truth": x + eps,
             "the truth, denied": x + eps,
         }[self.lie]
-        success = torch.full_like(problem.y, self.lie != "the truth, denied", dtype=torch.bool)
-        return Adversarial(told, success, torch.zeros_like(problem.y), torch.ones_like(problem.y))
+        broken = torch.full_like(problem.y, self.lie != "the truth, denied", dtype=torch.bool)
+        return replace(state, kept=told, broken=broken, iteration=state.iteration + 1)
 
 
 @pytest.mark.parametrize(

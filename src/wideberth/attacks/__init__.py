@@ -2,6 +2,6 @@
 
 from wideberth.attacks.base import Adversarial, Attack, Problem
 from wideberth.attacks.gradient import FGSM, PGD, ScaledStep
-from wideberth.attacks.suites import SUITES, suite
+from wideberth.attacks.suites import SUITES, Stage, suite
 
-__all__ = ["FGSM", "PGD", "SUITES", "Adversarial", "Attack", "Problem", "ScaledStep", "suite"]
+__all__ = ["FGSM", "PGD", "SUITES", "Adversarial", "Attack", "Problem", "ScaledStep", "Stage", "suite"]

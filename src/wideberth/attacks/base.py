@@ -50,6 +50,17 @@ class Rows:
         parts = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}  # type: ignore[arg-type]
         return replace(self, **{name: _joined(*pair) for name, pair in parts.items()})  # type: ignore[type-var]
 
+    def to(self, device: torch.device) -> Self:
+        """The same rows on another device."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **{name: _moved(part, device) for name, part in parts.items()})  # type: ignore[type-var]
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    if isinstance(part, Noise):
+        return Noise(part.index.to(device), part.seed, _moved(part.draw, device))
+    return part.to(device) if isinstance(part, Tensor) else part
+
 
 def _rows(part: Any, where: Tensor) -> Any:
     if isinstance(part, Tensor):
@@ -207,7 +218,7 @@ class Attack(ABC):
     @property
     @abstractmethod
     def rounds(self) -> int:
-        """How many steps a run takes, the last of which judges what the one before it found."""
+        """How many steps a run takes."""
 
     @abstractmethod
     def begin(self, problem: Problem) -> State:
@@ -219,6 +230,10 @@ class Attack(ABC):
 
         No host synchronisation and no data-dependent shapes. `loss` overrides the attack's own.
         """
+
+    def candidate(self, state: State) -> Tensor:
+        """What an ended run offers to the judge, (B, ...): `kept`, or a point that was not asked about yet."""
+        return state.kept
 
     # ---- runs: restarts and targets -----------------------------------------------------------------------------
 

@@ -64,8 +64,12 @@ class PGD(Attack):
 
     @property
     def rounds(self) -> int:
-        """Steps, and a last look at where they led."""
-        return self.steps + 1
+        """As many as there are steps; where the last one led is for the judge to see."""
+        return self.steps
+
+    def candidate(self, state: State) -> Tensor:
+        """The point found, or else the last, about which the model was not asked."""
+        return torch.where(geometry.column(state.broken, state.kept), state.kept, state.point)
 
     @property
     def judges(self) -> bool:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from wideberth import checks, geometry, losses, margins
-from wideberth.attacks import Attack
+from wideberth import checks, losses, margins
+from wideberth.attacks import SUITES, Attack, Stage
 from wideberth.attacks import suite as named_suite
 from wideberth.checks import Box, InputError, Norm
 from wideberth.configuration import describe
 from wideberth.data import Data, Split
+from wideberth.evaluation import shards
 from wideberth.evaluation.record import Evaluation
-from wideberth.evaluation.verify import judging, verify
-from wideberth.randomness import fold
+from wideberth.evaluation.verdict import Case, Ledger, search
+from wideberth.evaluation.verify import judging
 
 Samples: TypeAlias = Data | Split | Dataset[Any] | tuple[Tensor, Tensor]
 
@@ -33,18 +35,20 @@ def evaluate(
     *,
     norm: Norm = "linf",
     eps: float = 8 / 255,
-    suite: str | Mapping[str, Attack] = "pgd",
+    suite: str | Mapping[str, Attack | Stage] = "pgd",
     box: Box | None = None,
     rows: int | None = None,
     batch_size: int = 256,
     margin: bool = True,
     seed: int = 0,
     progress: bool = False,
+    state: str | Path | None = None,
 ) -> Evaluation:
     """Clean accuracy and verified robust accuracy of a model within a radius.
 
     Attacks run in the order of the suite, each on the samples that are still unbroken; a sample counts as broken only
-    if its adversarial point, evaluated again, lies in ball and box and is misclassified.
+    if its adversarial point, evaluated again, lies in ball and box and is misclassified. Under `torchrun` every process
+    judges its share of the samples, and all return the whole.
 
     Args:
         model: maps (B, ...) in the box to logits (B, K); run in eval mode where its parameters are, given back as it
@@ -52,13 +56,15 @@ def evaluate(
         data: a `Data` (its test split), a split, any data set of (x, y) or (x, y, index), or tensors (x, y).
         norm: "linf", "l2" or "l1".
         eps: the radius, in units of the input.
-        suite: name of a line-up, or attacks by name.
+        suite: name of a line-up, or attacks (or `Stage`s) by name.
         box: what inputs lie in (default: the data's own, else (0, 1)).
         rows: only the first so many samples.
         batch_size: samples at a time.
         margin: also measure effective margins (one backward per class).
         seed: of the attacks' randomness.
         progress: show a progress bar with the accuracies so far.
+        state: a file in which to keep what is known, every two minutes and when interrupted; an evaluation that finds
+            it there goes on from it. Removed at the end.
 
     Returns:
         The record; `robust_accuracy` is an upper bound on the true one, as for every attack.
@@ -72,32 +78,31 @@ def evaluate(
     if rows is not None:
         checks.at_least("rows", rows, 1)
     box = (data.box if isinstance(data, Data) else (0.0, 1.0)) if box is None else box
-    line_up = named_suite(suite, norm, box) if isinstance(suite, str) else dict(suite)
-    if not line_up:
-        raise InputError("suite: holds no attack, and nothing would count as broken")
-    for name, attack in line_up.items():
-        if attack.norm != norm or tuple(attack.box) != tuple(box):
-            raise InputError(
-                f"suite: {name} attacks in {attack.norm} and box {tuple(attack.box)}, the evaluation is in {norm} and "
-                f"box {tuple(box)}"
-            )
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    began, spent, tables = time.monotonic(), dict.fromkeys(line_up, 0.0), []
+    checks.valid_box(box)
+    if isinstance(suite, str):
+        checks.choice("suite", suite, tuple(SUITES))
+    else:
+        _stages_of(suite, norm, box, 2)  # refused before the model is asked about anything
+    began = time.monotonic()
+    rank, world = shards.mine()
     source = data.test() if isinstance(data, Data) else data
     total = min(_length(source), rows or _length(source))
-    with _progress(progress) as bar:
-        task = bar.add_task("evaluating", total=total)
-        for x, y, index in _batches(source, total, batch_size):
-            x, y, index = x.to(device), y.to(device), index.to(device)
-            table = _judge(model, x, y, index, line_up, norm, eps, box, seed, spent)
-            if margin:
-                value, weight, _ = margins.measure(model, x, y, norm)
-                table["effective_margin"], table["effective_weight_norm"] = value.cpu().numpy(), weight.cpu().numpy()
-            tables.append(table)
-            seen = pd.concat(tables)
-            found = f"clean {seen.clean_correct.mean():.1%}, robust at most {seen.robust.mean():.1%}"
-            bar.update(task, advance=len(table), description=found)
-    samples = pd.concat(tables, ignore_index=True)
+    case, measures = _prepare(model, source, total, batch_size, norm, eps, box, seed, margin, rank, world)
+    classes = case.logits.shape[1]
+    line_up = _stages_of(suite, norm, box, classes)
+    ledger = Ledger.empty(case.x, losses.predictions(case.logits), len(line_up))
+    about = case.about(line_up) if state is not None else ""
+    file = None if state is None else shards.own(Path(state))
+    if file is not None and file.exists():
+        ledger = Ledger.load(file, about)
+    with _progress(progress and rank == 0) as bar:
+        save = None if file is None else lambda known: known.save(file, about)
+        search(case, line_up, ledger, batch_size=batch_size, watch=_Watch(bar, case), save=save)
+    everything = shards.gathered((_table(case, ledger, list(line_up), measures), ledger.seconds.tolist()))
+    samples = pd.concat([table for table, _ in everything]).sort_values("position", kind="stable")
+    samples = samples.drop(columns="position").reset_index(drop=True)
+    seconds = [max(each) for each in zip(*(spent for _, spent in everything), strict=True)]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     protocol = {
         "data": describe(data) if isinstance(data, Data) else type(data).__name__,
         "split": "test" if isinstance(data, Data) else "given",
@@ -106,77 +111,126 @@ def evaluate(
         "box": list(box),
         "suite": suite if isinstance(suite, str) else "custom",
         "seed": seed,
-        "attacks": _stages(samples, line_up, spent),
+        "attacks": _stages(samples, line_up, seconds),
         "seconds": time.monotonic() - began,
+        "processes": world,
         "device": str(device),
         "dtype": str(next((p.dtype for p in model.parameters()), torch.float32)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "wideberth": _version()},
     }
+    if file is not None:
+        file.unlink(missing_ok=True)
     return Evaluation(samples, protocol)
 
 
-def _judge(
+def _stages_of(suite: str | Mapping[str, Attack | Stage], norm: Norm, box: Box, classes: int) -> dict[str, Stage]:
+    given = named_suite(suite, norm, box, classes) if isinstance(suite, str) else suite
+    line_up = {name: part if isinstance(part, Stage) else Stage(part) for name, part in given.items()}
+    if not line_up:
+        raise InputError("suite: holds no attack, and nothing would count as broken")
+    for name, stage in line_up.items():
+        attack = stage.attack
+        if attack.norm != norm or tuple(attack.box) != tuple(box):
+            raise InputError(
+                f"suite: {name} attacks in {attack.norm} and box {tuple(attack.box)}, the evaluation is in {norm} and "
+                f"box {tuple(box)}"
+            )
+    return line_up
+
+
+def _prepare(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    index: Tensor,
-    line_up: Mapping[str, Attack],
+    source: Any,
+    total: int,
+    batch_size: int,
     norm: Norm,
     eps: float,
     box: Box,
     seed: int,
-    spent: dict[str, float],
-) -> pd.DataFrame:
-    """The table of one batch; adds the seconds of each attack to `spent`."""
-    checks.valid_inputs(x, box)
-    with judging(model, x):
-        logits = model(x)
-    checks.valid_logits(logits, len(x))
-    checks.valid_labels(y, len(x), logits.shape[1])
-    clean_margin, predicted = losses.logit_margin(logits, y), losses.predictions(logits)
-    correct = ~losses.misclassified(logits, y)
-    robust, adversarial = correct.clone(), predicted.clone()
-    distance = torch.where(correct, float("nan"), 0.0)
-    evaluations, winner = torch.ones_like(y), ["" if held else "clean" for held in correct.tolist()]
-    for name, attack in line_up.items():
-        left = robust.nonzero().squeeze(1)
-        if not len(left):
-            break
-        began = time.monotonic()
-        found = attack(model, x[left], y[left], eps=eps, index=index[left], seed=fold(seed, name))
-        broken = verify(model, x[left], y[left], found.x, eps, norm, box)
-        evaluations[left] += found.evaluations
-        won = left[broken]
-        robust[won] = False
-        if len(won):
-            distance[won] = geometry.norm(found.x[broken].double() - x[won].double(), norm).to(distance.dtype)
-            with judging(model, x):
-                adversarial[won] = losses.predictions(model(found.x[broken]))
-        for row in won.tolist():
-            winner[row] = name
-        spent[name] += time.monotonic() - began
+    margin: bool,
+    rank: int,
+    world: int,
+) -> tuple[Case, dict[str, Tensor]]:
+    """The samples of this process with their clean logits, and what is measured on clean inputs."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    parts: dict[str, list[Tensor]] = {}
+    for x, y, index in _batches(source, range(rank, total, world), batch_size):
+        checks.valid_inputs(x, box)
+        x, y = x.to(device), y.to(device)
+        with judging(model, x):
+            logits = model(x)
+        checks.valid_logits(logits, len(x))
+        checks.valid_labels(y, len(x), logits.shape[1])
+        held = {"x": x, "y": y, "index": index, "logits": logits}
+        if margin:
+            held["effective_margin"], held["effective_weight_norm"], _ = margins.measure(model, x, y, norm)
+        for name, value in held.items():
+            parts.setdefault(name, []).append(value.cpu())
+    whole = {name: torch.cat(values) for name, values in parts.items()}
+    place = torch.arange(rank, total, world)
+    case = Case(model, whole["x"], whole["y"], whole["index"], whole["logits"], eps, norm, box, seed)
+    measures = {name: whole[name] for name in ("effective_margin", "effective_weight_norm") if name in whole}
+    return case, measures | {"position": place}
+
+
+def _table(case: Case, ledger: Ledger, names: list[str], measures: Mapping[str, Tensor]) -> pd.DataFrame:
+    """One row per sample."""
+    correct = ~losses.misclassified(case.logits, case.y)
     columns = {
-        "index": index,
-        "label": y,
-        "clean_prediction": predicted,
-        "adversarial_prediction": adversarial,
+        "index": case.index,
+        "label": case.y,
+        "clean_prediction": losses.predictions(case.logits),
+        "adversarial_prediction": ledger.predicted,
         "clean_correct": correct,
-        "robust": robust,
-        "logit_margin": clean_margin,
-        "distance": distance,
-        "evaluations": evaluations,
+        "robust": correct & ~ledger.broken,
+        "logit_margin": losses.logit_margin(case.logits, case.y),
+        "distance": torch.where(ledger.broken, ledger.distance, torch.where(correct, float("nan"), 0.0)),
+        "closest": torch.where(correct, ledger.closest, float("nan")),
+        "evaluations": ledger.evaluations,
+        **measures,
     }
-    return pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()} | {"attack": winner})
+    table = pd.DataFrame({name: value.numpy() for name, value in columns.items()})
+    won = [names[stage] if stage >= 0 else "" for stage in ledger.stage.tolist()]
+    table["attack"] = [name if held else "clean" for name, held in zip(won, correct.tolist(), strict=True)]
+    for name in ("run", "step"):
+        table[name] = pd.array(getattr(ledger, name).tolist(), dtype="Int64")
+        table.loc[~ledger.broken.numpy(), name] = pd.NA
+    return table
 
 
-def _stages(samples: pd.DataFrame, line_up: Mapping[str, Attack], spent: Mapping[str, float]) -> list[dict[str, Any]]:
+def _stages(samples: pd.DataFrame, line_up: Mapping[str, Stage], seconds: list[float]) -> list[dict[str, Any]]:
     """The robust accuracy that was left after each attack, and what it took."""
-    left, stages = float(samples["clean_correct"].mean()), []
-    for name, attack in line_up.items():
-        left -= float((samples["attack"] == name).mean())
-        stage = {"name": name, "robust_accuracy": left, "seconds": spent[name], "settings": describe(attack)}
-        stages.append(stage)
-    return stages
+    left, told = float(samples["clean_correct"].mean()), []
+    for (name, stage), spent in zip(line_up.items(), seconds, strict=True):
+        left -= float((samples["clean_correct"] & (samples["attack"] == name)).mean())
+        settings = describe(stage.attack)
+        told.append({"name": name, "robust_accuracy": left, "seconds": spent, "settings": settings})
+        told[-1] |= {"near": stage.near, "precision": stage.precision}
+    return told
+
+
+class _Watch:
+    """Shows a stage's progress with the accuracies known so far: a bound that only falls."""
+
+    def __init__(self, bar: Progress, case: Case) -> None:
+        self.bar, self.case, self.name, self.shown = bar, case, "", 0.0
+        self.clean = float((~losses.misclassified(case.logits, case.y)).double().mean())
+        self.task = bar.add_task(f"clean {self.clean:.1%}", total=None)
+        self.made = 0
+
+    def __call__(self, ledger: Ledger, name: str, pending: int) -> None:
+        """After every round, shown a few times a second."""
+        if name != self.name:
+            self.name, self.most = name, pending
+            self.bar.reset(self.task)
+        now = time.monotonic()
+        if now - self.shown < 0.2 and pending:
+            return
+        self.shown = now
+        robust = self.clean - float(ledger.broken.double().mean())
+        text = f"{name}: clean {self.clean:.1%}, robust at most {robust:.1%}"
+        self.most = max(self.most, pending)
+        self.bar.update(self.task, total=self.most, completed=self.most - pending, description=text)
 
 
 def _length(source: Any) -> int:
@@ -187,13 +241,13 @@ def _length(source: Any) -> int:
     return len(source[0])
 
 
-def _batches(source: Any, total: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    if total == 0:
-        raise InputError("data: holds no samples")
-    for begin in range(0, total, batch_size):
-        places = list(range(begin, min(begin + batch_size, total)))
+def _batches(source: Any, wanted: range, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    if not wanted:
+        raise InputError("data: holds no samples" if not wanted.stop else "data: holds fewer samples than processes")
+    for begin in range(0, len(wanted), batch_size):
+        places = list(wanted[begin : begin + batch_size])
         if isinstance(source, tuple):
-            yield source[0][begin : places[-1] + 1], source[1][begin : places[-1] + 1], torch.tensor(places)
+            yield source[0][places], source[1][places], torch.tensor(places)
         elif isinstance(source, Split):
             yield source.__getitems__(places)
         else:
@@ -203,7 +257,7 @@ def _batches(source: Any, total: int, batch_size: int) -> Iterator[tuple[Tensor,
 
 
 def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
 
 

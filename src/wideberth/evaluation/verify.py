@@ -31,9 +31,13 @@ def verify(
     Distances are measured in float64, the model is run in eval mode on the points as they are. `eps` is one radius
     or (B,).
     """
+    with judging(model, x):
+        return inside(x, x_adv, eps, norm, box) & losses.misclassified(model(x_adv), y)
+
+
+def inside(x: Tensor, x_adv: Tensor, eps: float | Tensor, norm: Norm, box: Box = (0.0, 1.0)) -> Tensor:
+    """Whether each point lies in the ball around its input, measured in float64, and in the box, (B,) bool."""
     distance = geometry.norm(x_adv.double() - x.double(), norm)
     allowed = geometry.per_sample(eps, x).double() * (1 + TOLERANCE)
     flat = x_adv.flatten(1)
-    inside = (distance <= allowed) & (flat >= box[0]).all(1) & (flat <= box[1]).all(1)
-    with judging(model, x):
-        return inside & losses.misclassified(model(x_adv), y)
+    return (distance <= allowed) & (flat >= box[0]).all(1) & (flat <= box[1]).all(1)

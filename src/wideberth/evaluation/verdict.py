@@ -1,0 +1,253 @@
+"""The verdict on a set of samples: attacks in order, each on what is still unbroken; every success seen again.
+
+What is known so far is a `Ledger`: tensors with one row per sample, written to disk now and then, so that an
+interrupted evaluation goes on from there to the verdict that it would have reached (runs under way begin anew, and
+repeat what they did: their noise is theirs).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wideberth import geometry, losses
+from wideberth.attacks.base import Attack, Problem
+from wideberth.attacks.schedule import Left, Schedule
+from wideberth.attacks.suites import Stage
+from wideberth.checks import Box, InputError, Norm
+from wideberth.evaluation.verify import inside, judging
+from wideberth.modes import borrowed
+from wideberth.randomness import Noise, fold
+from wideberth.runs import write_atomically
+
+
+@dataclass
+class Ledger:
+    """What is known of each of N samples.
+
+    Attributes:
+        broken: (N,) bool, by an attack.
+        stage: (N,) int64, the attack that broke it, in the order of the line-up; -1 where none did.
+        run: (N,) int64, the run of that attack (see `Attack.runs`).
+        step: (N,) int64, the step of that run.
+        found: (N, ...) the adversarial point, where there is one; else the input.
+        predicted: (N,) int64, the class there (of the clean input where it is not broken).
+        distance: (N,) float64, of that point; infinite where there is none.
+        closest: (N,) the largest probability margin loss that was seen at the end of a run.
+        evaluations: (N,) int64, forwards and backwards spent.
+        due: (N,) int64, the run of the stage under way that comes next.
+        seconds: (stages,) spent so far.
+        under_way: () int64, the stage.
+    """
+
+    broken: Tensor
+    stage: Tensor
+    run: Tensor
+    step: Tensor
+    found: Tensor
+    predicted: Tensor
+    distance: Tensor
+    closest: Tensor
+    evaluations: Tensor
+    due: Tensor
+    seconds: Tensor
+    under_way: Tensor
+
+    @classmethod
+    def empty(cls, x: Tensor, predicted: Tensor, stages: int) -> Ledger:
+        """Before the first attack."""
+        none = torch.zeros(len(x), dtype=torch.int64)
+        return cls(
+            broken=none.bool(),
+            stage=none - 1,
+            run=none.clone(),
+            step=none.clone(),
+            found=x.clone(),
+            predicted=predicted.clone(),
+            distance=torch.full((len(x),), float("inf"), dtype=torch.float64),
+            closest=torch.full((len(x),), -1.0),
+            evaluations=none + 1,
+            due=none.clone(),
+            seconds=torch.zeros(stages, dtype=torch.float64),
+            under_way=torch.zeros((), dtype=torch.int64),
+        )
+
+    def save(self, path: Path, about: str) -> None:
+        """Write all of it, atomically; `about` says which evaluation it belongs to."""
+        tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
+        write_atomically(path, lambda file: save_file(tensors, file, {"about": about}))
+
+    @classmethod
+    def load(cls, path: Path, about: str) -> Ledger:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: where it belongs to another evaluation, or cannot be read.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                told = (file.metadata() or {}).get("about")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+        except Exception as error:
+            raise InputError(f"{str(path)!r}: cannot be read as a state to resume ({error}); delete it") from error
+        if told != about:
+            raise InputError(
+                f"{str(path)!r}: is the state of another evaluation (of another model, data, eps, suite or seed); "
+                "delete it to begin anew"
+            )
+        return cls(**tensors)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is judged.
+
+    Attributes:
+        model: in any mode; borrowed.
+        x: (N, ...) all samples, where they are stored.
+        y: (N,) labels.
+        index: (N,) what names each sample's random stream.
+        logits: (N, K) of the clean inputs.
+        eps: the radius; infinite: minimum-norm attacks look for the smallest.
+        norm: "linf", "l2" or "l1".
+        box: of the inputs.
+        seed: of all randomness.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    logits: Tensor
+    eps: float
+    norm: Norm
+    box: Box
+    seed: int
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a radius to stay within, and a sample is done with once it is broken."""
+        return math.isfinite(self.eps)
+
+    def about(self, stages: Mapping[str, Stage]) -> str:
+        """A fingerprint of model, samples and line-up: two evaluations that share it reach the same verdict."""
+        parts = sha256()
+        for tensor in (*self.model.state_dict().values(), self.x, self.y, self.index):
+            parts.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        parts.update(repr((self.eps, self.norm, self.box, self.seed, dict(stages))).encode())
+        return parts.hexdigest()
+
+
+Watch: TypeAlias = Callable[["Ledger", str, int], None]
+"""Told after every round: the ledger, the stage's name, and an upper bound of the row-steps that it has left."""
+
+
+def search(
+    case: Case,
+    stages: Mapping[str, Stage],
+    ledger: Ledger,
+    *,
+    batch_size: int,
+    watch: Watch | None = None,
+    save: Callable[[Ledger], None] | None = None,
+    save_every: float = 120.0,
+) -> Ledger:
+    """Run the stages that the ledger has not seen yet on the samples that are still unbroken; returns the ledger.
+
+    Whatever ends it early (Ctrl-C too), what is known is saved first.
+    """
+    try:
+        for place, (name, stage) in enumerate(stages.items()):
+            if place < int(ledger.under_way):
+                continue
+            _run_stage(case, place, name, stage, ledger, batch_size, watch, save, save_every)
+            ledger.under_way += 1
+            ledger.due.zero_()
+    except BaseException:
+        if save is not None:
+            save(ledger)
+        raise
+    return ledger
+
+
+def _run_stage(
+    case: Case,
+    place: int,
+    name: str,
+    stage: Stage,
+    ledger: Ledger,
+    batch_size: int,
+    watch: Watch | None,
+    save: Callable[[Ledger], None] | None,
+    save_every: float,
+) -> None:
+    attack, began, before = stage.attack, time.monotonic(), float(ledger.seconds[place])
+    correct = ~losses.misclassified(case.logits, case.y)
+    runs = len(attack.runs(case.logits.shape[1]))
+    wanted = correct & ~ledger.broken if case.bounded else correct.clone()
+    if stage.near is not None:
+        wanted &= ledger.closest >= stage.near
+    ledger.due[~wanted] = runs
+    eps = geometry.per_sample(case.eps, case.x)
+    problem = Problem(case.x, case.y, eps, Noise(case.index, fold(case.seed, name)))
+    likely = losses.likeliest(case.logits, case.y) if attack.targets else None
+    precision = torch.bfloat16 if stage.precision == "bfloat16" else None
+    saved = began
+    with borrowed(case.model):
+        schedule = Schedule(
+            case.model,
+            attack,
+            problem,
+            runs=runs,
+            batch_size=batch_size,
+            likely=likely,
+            run=ledger.due,  # shared: what the schedule counts up is what is saved
+            precision=precision,
+        )
+        while schedule.busy:
+            left = schedule.step()
+            if left is not None:
+                held = _judge(case, place, attack, ledger, left)
+                ledger.due[left.rows[~torch.isin(left.rows, held)]] = runs
+                schedule.again(held)
+            now = time.monotonic()
+            ledger.seconds[place] = before + now - began
+            if watch is not None:
+                watch(ledger, name, schedule.pending())
+            if save is not None and now - saved > save_every:
+                save(ledger)
+                saved = now
+
+
+def _judge(case: Case, place: int, attack: Attack, ledger: Ledger, left: Left) -> Tensor:
+    """See again what the runs that have ended offer; enter it, and return the samples that are to run again."""
+    rows = left.rows
+    points = attack.candidate(left.state)
+    x, y = case.x[rows].to(points.device), case.y[rows].to(points.device)
+    with judging(case.model, points):
+        logits = case.model(points)
+    allowed = inside(x, points, case.eps, case.norm, case.box)
+    wrong = (allowed & losses.misclassified(logits, y)).cpu()
+    approach = losses.probability_margin_loss(logits, y).where(allowed, -1.0).float().cpu()
+    ledger.closest[rows] = torch.maximum(ledger.closest[rows], approach)
+    ledger.evaluations[rows] += left.state.spent.cpu() + 1
+    distance = geometry.norm(points.double() - x.double(), case.norm).cpu()
+    better = wrong & (distance < ledger.distance[rows])
+    won = rows[better]
+    ledger.broken[won] = True
+    ledger.stage[won], ledger.run[won] = place, left.run[better]
+    ledger.step[won] = left.state.iteration.cpu()[better]
+    ledger.found[won] = points.cpu()[better].to(ledger.found.dtype)
+    ledger.predicted[won] = losses.predictions(logits).cpu()[better]
+    ledger.distance[won] = distance[better]
+    return rows[~wrong] if case.bounded else rows
