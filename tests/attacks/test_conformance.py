@@ -13,7 +13,7 @@ from attack_oracles import Counting, linear, network, predicted
 from torch import Tensor, nn
 
 from wideberth import attacks, losses
-from wideberth.attacks import FGSM, PGD, Adversarial, Attack, ScaledStep
+from wideberth.attacks import FGSM, PGD, PMA, Adversarial, Attack, ScaledStep
 from wideberth.checks import Box, Norm
 
 BATCH, FEATURES, CLASSES = 10, 6, 4
@@ -85,6 +85,8 @@ TABLE = (
         fixed_cost=None,
         classes=3,
     ),
+    Row("pma", PMA(steps=3, diverse=0), random=False, judges=True, fixed_cost=8),
+    Row("pma-diverse", PMA(steps=3, diverse=2, restarts=2), random=True, judges=True, fixed_cost=None),
 )
 
 every_attack = pytest.mark.parametrize(

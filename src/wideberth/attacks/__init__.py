@@ -2,6 +2,7 @@
 
 from wideberth.attacks.base import Adversarial, Attack, Problem
 from wideberth.attacks.gradient import FGSM, PGD, ScaledStep
+from wideberth.attacks.margin import PMA
 from wideberth.attacks.suites import SUITES, Stage, suite
 
-__all__ = ["FGSM", "PGD", "SUITES", "Adversarial", "Attack", "Problem", "ScaledStep", "Stage", "suite"]
+__all__ = ["FGSM", "PGD", "PMA", "SUITES", "Adversarial", "Attack", "Problem", "ScaledStep", "Stage", "suite"]

@@ -1,0 +1,181 @@
+"""One verdict, however it is reached: any batch, any order, any number of processes, any number of interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from torch import Tensor, nn
+
+from wideberth import losses
+from wideberth.attacks import PGD, PMA, Attack, Stage
+from wideberth.checks import InputError
+from wideberth.evaluation import evaluate
+
+EPS = 0.12
+LINE_UP: dict[str, Attack | Stage] = {
+    "PGD targeted": PGD(steps=1, targets=2, restarts=2, step_size=0.03, loss=losses.margin_loss, keep="worst"),
+    "PGD": PGD(steps=2, restarts=3, step_size=0.04, keep="worst"),
+    "PMA, near": Stage(PMA(steps=4, diverse=2, restarts=2), near=-0.5),
+}
+
+
+def problem(rows: int = 40) -> tuple[nn.Module, Tensor, Tensor]:
+    """A small net in float64, with samples of which most are right and some near the boundary."""
+    generator = torch.Generator().manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 4)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.7)
+    x = torch.rand(rows, 6, generator=generator, dtype=torch.float64)
+    y = model(x).argmax(1)
+    y[::9] = (y[::9] + 1) % 4
+    return model, x, y
+
+
+def verdict(**options: Any) -> pd.DataFrame:
+    model, x, y = problem()
+    return evaluate(model, (x, y), **{"eps": EPS, "suite": LINE_UP, "margin": False} | options).samples
+
+
+@pytest.fixture(scope="module")
+def whole() -> pd.DataFrame:
+    return verdict(batch_size=40)
+
+
+def test_every_stage_breaks_some_and_some_hold(whole: pd.DataFrame) -> None:
+    """Without this, the tests below would compare little."""
+    won = whole["attack"].value_counts()
+    assert won.get("PGD targeted", 0) >= 3
+    assert won.get("PGD", 0) + won.get("PMA, near", 0) >= 1
+    assert whole["robust"].sum() >= 5
+    assert set(whole["run"].dropna()) >= {0, 1}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_batch_size_changes_nothing(whole: pd.DataFrame, batch_size: int) -> None:
+    assert_frame_equal(verdict(batch_size=batch_size), whole, rtol=1e-9)
+
+
+class Shuffled(torch.utils.data.Dataset[Any]):
+    """The same samples in another order, each with its index."""
+
+    def __init__(self) -> None:
+        _, self.x, self.y = problem()
+        self.order = torch.randperm(len(self.y), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int, int]:
+        row = self.order[place]
+        return self.x[row], int(self.y[row]), row
+
+
+def test_order_changes_nothing(whole: pd.DataFrame) -> None:
+    found = evaluate(problem()[0], Shuffled(), eps=EPS, suite=LINE_UP, margin=False, batch_size=9).samples
+    assert found["index"].tolist() != whole["index"].tolist()
+    assert_frame_equal(found.sort_values("index", ignore_index=True), whole, rtol=1e-9)
+
+
+def test_a_near_stage_leaves_the_others_alone(whole: pd.DataFrame) -> None:
+    """Those that no attack brought near a mistake are not attacked again: they have spent less."""
+    model, x, y = problem()
+    short: Mapping[str, Attack | Stage] = {k: v for k, v in LINE_UP.items() if k != "PMA, near"}
+    before = evaluate(model, (x, y), eps=EPS, suite=short, margin=False).samples
+    held = before["robust"]
+    more = whole["evaluations"] > before["evaluations"]
+    assert (more == (held & (before["closest"] >= -0.5))).all()
+    assert 0 < more.sum() < held.sum()
+
+
+class Stopped(Exception):
+    """What interrupts."""
+
+
+class Fragile(nn.Module):
+    """A model that stops the evaluation after so many batches."""
+
+    def __init__(self, model: nn.Module, batches: int) -> None:
+        super().__init__()
+        self.model, self.left = model, batches
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise Stopped
+        logits: Tensor = self.model(x)
+        return logits
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_verdict(whole: pd.DataFrame, tmp_path: Path) -> None:
+    state = tmp_path / "evaluation.state"
+    model, x, y = problem()
+    stops = 0
+    for batches in (1, 9, 17, 5, 40, 28, 10_000):
+        fragile = Fragile(model, batches)
+        try:
+            found = evaluate(fragile, (x, y), eps=EPS, suite=LINE_UP, margin=False, batch_size=8, state=state).samples
+        except Stopped:
+            stops += 1
+            continue
+        break
+    assert stops == 6
+    assert not state.exists()
+    spent = whole["evaluations"]
+    assert_frame_equal(found.drop(columns="evaluations"), whole.drop(columns="evaluations"), rtol=1e-9)
+    assert (found["evaluations"] == spent).all()  # what was under way and lost is not counted twice
+
+
+def test_the_state_of_another_evaluation_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "evaluation.state"
+    model, x, y = problem()
+    with pytest.raises(Stopped):
+        evaluate(Fragile(model, 12), (x, y), eps=EPS, suite=LINE_UP, margin=False, state=state)
+    assert state.exists()
+    with pytest.raises(InputError, match="is the state of another evaluation"):
+        evaluate(Fragile(model, 99), (x, y), eps=2 * EPS, suite=LINE_UP, margin=False, state=state)
+    with pytest.raises(InputError, match="is the state of another evaluation"):
+        evaluate(Fragile(problem()[0].float(), 99), (x.float(), y), eps=EPS, suite=LINE_UP, margin=False, state=state)
+    state.write_bytes(b"not a state")
+    with pytest.raises(InputError, match="cannot be read as a state to resume"):
+        evaluate(Fragile(model, 99), (x, y), eps=EPS, suite=LINE_UP, margin=False, state=state)
+
+
+SHARE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from test_verdict import EPS, LINE_UP, problem
+from wideberth.evaluation import evaluate, shards
+model, x, y = problem()
+found = evaluate(model, (x, y), eps=EPS, suite=LINE_UP, margin=False, batch_size=8)
+if shards.mine()[0] == 0:
+    found.samples.to_parquet(sys.argv[2])
+    print(json.dumps(found.protocol["processes"]))
+"""
+
+
+def test_two_processes_reach_the_same_verdict(whole: pd.DataFrame, tmp_path: Path) -> None:
+    script, out = tmp_path / "share.py", tmp_path / "table.parquet"
+    script.write_text(SHARE)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [sys.executable, *words, str(script), str(Path(__file__).parent), str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.strip().splitlines()[-1]) == 2
+    assert_frame_equal(pd.read_parquet(out), whole, rtol=1e-9, check_dtype=False)
