@@ -16,7 +16,7 @@ from wideberth.commands.parsing import call, print_to_terminal
 from wideberth.configuration import construct as construct
 from wideberth.configuration import import_object
 from wideberth.data import Data
-from wideberth.evaluation import Evaluation, evaluate
+from wideberth.evaluation import Evaluation, evaluate, shards
 from wideberth.models import load_model
 from wideberth.runs import Run
 
@@ -63,6 +63,9 @@ def run(
 ) -> None:
     """Measure the accuracy of a model on the test split of a data set, clean and under attack.
 
+    Interrupted, it leaves `evaluation.state` beside the record and goes on from there when called again. Under torchrun
+    the processes share the samples.
+
     Args:
         model: a run directory, a .safetensors file, timm/NAME, torchvision/NAME, or an import path with arguments.
         data: the data set (default: what the run was trained on).
@@ -84,6 +87,7 @@ def run(
             "--out: needed with --weights, since the verdict in the run directory is about its own weights"
         )
     network, samples = subject(model, data, weights, architecture)
+    target = out if out is not None else (model if Path(model).is_dir() else None)
     found = evaluate(
         network,
         samples,
@@ -95,9 +99,11 @@ def run(
         margin=margin,
         seed=seed,
         progress=progress,
+        state=None if target is None else Path(target) / "evaluation.state",
     )
+    if shards.mine()[0] > 0:
+        return  # under torchrun, the first process speaks for all
     found.protocol.update(model=model, weights=weights)
-    target = out if out is not None else (model if Path(model).is_dir() else None)
     print_to_terminal(table(found))
     if target is not None:
         print(f"saved: {found.save(target)}/evaluation.json, evaluation.parquet")
