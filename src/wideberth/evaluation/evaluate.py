@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -42,6 +44,7 @@ def evaluate(
     margin: bool = True,
     seed: int = 0,
     progress: bool = False,
+    radii: bool = False,
     state: str | Path | None = None,
 ) -> Evaluation:
     """Clean accuracy and verified robust accuracy of a model within a radius.
@@ -63,6 +66,9 @@ def evaluate(
         margin: also measure effective margins (one backward per class).
         seed: of the attacks' randomness.
         progress: show a progress bar with the accuracies so far.
+        radii: also search the smallest radius at which each sample breaks, by the minimum-norm suite "radius", from
+            which the whole curve of robust accuracy against eps follows; a sample that this breaks within `eps` counts
+            as broken.
         state: a file in which to keep what is known, every two minutes and when interrupted; an evaluation that finds
             it there goes on from it. Removed at the end.
 
@@ -90,14 +96,13 @@ def evaluate(
     case, measures = _prepare(model, source, total, batch_size, norm, eps, box, seed, margin, rank, world)
     classes = case.logits.shape[1]
     line_up = _stages_of(suite, norm, box, classes)
-    ledger = Ledger.empty(case.x, losses.predictions(case.logits), len(line_up))
-    about = case.about(line_up) if state is not None else ""
-    file = None if state is None else shards.own(Path(state))
-    if file is not None and file.exists():
-        ledger = Ledger.load(file, about)
     with _progress(progress and rank == 0) as bar:
-        save = None if file is None else lambda known: known.save(file, about)
-        search(case, line_up, ledger, batch_size=batch_size, watch=_Watch(bar, case), save=save)
+        ledger = _judged(case, line_up, batch_size, bar, state)
+        if radii:
+            further = _stages_of("radius", norm, box, classes)
+            far = _judged(replace(case, eps=math.inf), further, batch_size, bar, state)
+            measures["radius"] = ledger.take(far, eps)
+            line_up = {**line_up, **{f"{name}, smallest radius": stage for name, stage in further.items()}}
     everything = shards.gathered((_table(case, ledger, list(line_up), measures), ledger.seconds.tolist()))
     samples = pd.concat([table for table, _ in everything]).sort_values("position", kind="stable")
     samples = samples.drop(columns="position").reset_index(drop=True)
@@ -118,9 +123,33 @@ def evaluate(
         "dtype": str(next((p.dtype for p in model.parameters()), torch.float32)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "wideberth": _version()},
     }
-    if file is not None:
-        file.unlink(missing_ok=True)
+    if state is not None:
+        for name in (state, _beyond(state)):
+            shards.own(Path(name)).unlink(missing_ok=True)
     return Evaluation(samples, protocol)
+
+
+def _beyond(state: str | Path) -> Path:
+    """Where the search for the smallest radii keeps what it knows."""
+    return Path(state).with_suffix(".radii")
+
+
+def _judged(
+    case: Case, line_up: Mapping[str, Stage], batch_size: int, bar: Progress, state: str | Path | None
+) -> Ledger:
+    """The ledger of a line-up, taken up from its file if there is one."""
+    ledger = Ledger.empty(case.x, losses.predictions(case.logits), len(line_up))
+    watch = _Watch(bar, case)
+    if state is None:
+        return search(case, line_up, ledger, batch_size=batch_size, watch=watch)
+    about, file = case.about(line_up), shards.own(Path(state if case.bounded else _beyond(state)))
+    if file.exists():
+        ledger = Ledger.load(file, about)
+    found = search(
+        case, line_up, ledger, batch_size=batch_size, watch=watch, save=lambda known: known.save(file, about)
+    )
+    found.save(file, about)  # kept until the record is made: what follows may be interrupted too
+    return found
 
 
 def _stages_of(suite: str | Mapping[str, Attack | Stage], norm: Norm, box: Box, classes: int) -> dict[str, Stage]:
@@ -189,6 +218,8 @@ def _table(case: Case, ledger: Ledger, names: list[str], measures: Mapping[str, 
         "evaluations": ledger.evaluations,
         **measures,
     }
+    if "radius" in columns:
+        columns["radius"] = torch.where(correct, columns["radius"], 0.0)
     table = pd.DataFrame({name: value.numpy() for name, value in columns.items()})
     won = [names[stage] if stage >= 0 else "" for stage in ledger.stage.tolist()]
     table["attack"] = [name if held else "clean" for name, held in zip(won, correct.tolist(), strict=True)]

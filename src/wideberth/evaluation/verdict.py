@@ -25,7 +25,7 @@ from wideberth.attacks.base import Attack, Problem
 from wideberth.attacks.schedule import Left, Schedule
 from wideberth.attacks.suites import Stage
 from wideberth.checks import Box, InputError, Norm
-from wideberth.evaluation.verify import inside, judging
+from wideberth.evaluation.verify import TOLERANCE, inside, judging
 from wideberth.modes import borrowed
 from wideberth.randomness import Noise, fold
 from wideberth.runs import write_atomically
@@ -81,6 +81,21 @@ class Ledger:
             seconds=torch.zeros(stages, dtype=torch.float64),
             under_way=torch.zeros((), dtype=torch.int64),
         )
+
+    def take(self, far: Ledger, eps: float) -> Tensor:
+        """Enter what a search without a radius broke within `eps`; returns each sample's smallest radius known, (N,).
+
+        A point broken at a smaller radius is broken at every larger one, so that verdict and curve agree.
+        """
+        stages = len(self.seconds)
+        new = ~self.broken & (far.distance <= eps * (1 + TOLERANCE))
+        for name in ("broken", "stage", "run", "step", "found", "predicted", "distance"):
+            mine, other = getattr(self, name), getattr(far, name)
+            mine[new] = other[new] + stages if name == "stage" else other[new]
+        self.closest = torch.maximum(self.closest, far.closest.where(new, torch.tensor(-1.0)))
+        self.evaluations += far.evaluations - 1  # both counted the clean forward
+        self.seconds = torch.cat([self.seconds, far.seconds])
+        return torch.minimum(self.distance, far.distance)
 
     def save(self, path: Path, about: str) -> None:
         """Write all of it, atomically; `about` says which evaluation it belongs to."""
