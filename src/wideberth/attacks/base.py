@@ -147,6 +147,30 @@ class State(Rows):
         value = torch.full_like(problem.eps, float("-inf"))
         return cls(point, point, value, none.bool(), none, none, none, **own)
 
+    def after(self, problem: Problem, logits: Tensor, value: Tensor, cost: int) -> Self:
+        """The state after the model's answer about `point`, which is kept if it is better than what was.
+
+        Better is what achieves the goal, and among equals the higher loss.
+
+        Args:
+            problem: the rows.
+            logits: (B, K) at `point`.
+            value: (B,) loss there.
+            cost: forwards plus backwards that the answer took.
+        """
+        now, value = problem.achieved(logits), value.to(self.value.dtype)
+        better = (now & ~self.broken) | ((now == self.broken) & (value > self.value))
+        return replace(
+            self,
+            kept=torch.where(geometry.column(better, self.point), self.point, self.kept),
+            value=torch.where(better, value, self.value),
+            broken=self.broken | now,
+            # A row that has survived every look so far, and this one.
+            survived=self.survived + (~now & (self.survived == self.iteration)),
+            iteration=self.iteration + 1,
+            spent=self.spent + cost,
+        )
+
 
 def input_gradient(
     model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], draws: int = 1

@@ -101,19 +101,13 @@ class PGD(Attack):
 
     def remember(self, problem: Problem, state: State, logits: Tensor, value: Tensor, cost: int) -> State:
         """Take account of what a forward at `state.point` said."""
-        now = problem.achieved(logits)
-        # A row that has survived every look so far, and this one.
-        survived = state.survived + (~now & (state.survived == state.iteration))
-        broken = state.broken | now
         if self.keep == "worst":
-            better = (now & ~state.broken) | ((now == state.broken) & (value > state.value))
-        elif self.keep == "first_flip":
-            better = ~state.broken
-        else:
-            better, broken = torch.ones_like(now), now
+            return state.after(problem, logits, value, cost)
+        after, now = state.after(problem, logits, value, cost), problem.achieved(logits)
+        first = self.keep == "first_flip"
+        better = ~state.broken if first else torch.ones_like(now)
         kept = torch.where(geometry.column(better, state.point), state.point, state.kept)
-        value = torch.where(better, value.to(state.value.dtype), state.value)
-        return State(state.point, kept, value, broken, survived, state.iteration + 1, state.spent + cost)
+        return replace(after, kept=kept, broken=after.broken if first else now)
 
     def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
         """k steps cost k forwards and k input gradients; the last look, where it is wanted, one forward more."""

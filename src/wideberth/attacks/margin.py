@@ -70,22 +70,12 @@ class PMA(Attack):
             return torch.where(early, (direction * wide).sum(1), ascended(wide))
 
         logits, value, gradient = input_gradient(model, state.point, mixed, self.draws)
-        now = problem.achieved(logits)
-        value = torch.where(early, float("-inf"), value.to(state.value.dtype))
-        better = (now & ~state.broken) | ((now == state.broken) & (value > state.value))
-        kept = torch.where(geometry.column(better, state.point), state.point, state.kept)
+        # The loss of an early row is not its margin.
+        value = torch.where(early, float("-inf"), value)
         stride = problem.eps * torch.where(early, self.largest, self._pace(state.iteration))
         delta = state.point - problem.x + geometry.column(stride, problem.x) * geometry.steepest(gradient, self.norm)
-        return replace(
-            state,
-            point=geometry.place(problem.x, delta, problem.eps, self.norm, self.box),
-            kept=kept,
-            value=torch.where(better, value, state.value),
-            broken=state.broken | now,
-            survived=state.survived + (~now & (state.survived == state.iteration)),
-            iteration=state.iteration + 1,
-            spent=state.spent + 2 * self.draws,
-        )
+        state = state.after(problem, logits, value, cost=2 * self.draws)
+        return replace(state, point=geometry.place(problem.x, delta, problem.eps, self.norm, self.box))
 
     def _pace(self, iteration: Tensor) -> Tensor:
         """The step in units of eps, (B,): a cosine from the largest to the smallest."""
