@@ -55,6 +55,7 @@ def run(
     rows: int | None = None,
     batch_size: int = 256,
     margin: bool = True,
+    radii: bool = False,
     seed: int = 0,
     out: str | None = None,
     weights: str | None = None,
@@ -75,6 +76,7 @@ def run(
         rows: only the first so many test rows.
         batch_size: samples at a time.
         margin: also measure effective margins.
+        radii: also search the smallest radius at which each sample breaks: the curve of robust accuracy against eps.
         seed: of the attacks.
         out: where evaluation.json and evaluation.parquet go (default: the run directory, if MODEL is one).
         weights: a file of weights for a model named by its architecture.
@@ -97,6 +99,7 @@ def run(
         rows=rows,
         batch_size=batch_size,
         margin=margin,
+        radii=radii,
         seed=seed,
         progress=progress,
         state=None if target is None else Path(target) / "evaluation.state",
