@@ -11,7 +11,7 @@ from attack_oracles import Counting, linear, network, predicted
 from torch import Tensor, nn
 
 from wideberth import losses
-from wideberth.attacks import FGSM, PGD, SUITES, Attack, ScaledStep, suite
+from wideberth.attacks import FGSM, PGD, SUITES, Attack, ScaledStep, Stage, suite
 from wideberth.attacks.base import input_gradient
 from wideberth.checks import InputError
 
@@ -264,7 +264,8 @@ def test_refuses_a_loss_that_is_not_per_sample() -> None:
 def test_suites_are_attacks_of_the_norm_and_box_asked_for(name: str) -> None:
     line_up = suite(name, "l2", (-1.0, 1.0))
     assert line_up
-    for attack in line_up.values():
+    for part in line_up.values():
+        attack = part.attack if isinstance(part, Stage) else part
         assert isinstance(attack, Attack)
         assert (attack.norm, attack.box) == ("l2", (-1.0, 1.0))
 

@@ -13,7 +13,24 @@ from attack_oracles import Counting, linear, network, predicted
 from torch import Tensor, nn
 
 from wideberth import attacks, losses
-from wideberth.attacks import FGSM, PGD, PMA, Adversarial, Attack, ScaledStep
+from wideberth.attacks import (
+    APGD,
+    DDN,
+    FAB,
+    FGSM,
+    FMN,
+    MIFGSM,
+    PGD,
+    PMA,
+    Adversarial,
+    Attack,
+    CarliniWagner,
+    DeepFool,
+    EarlyStoppedPGD,
+    RandomNoise,
+    ScaledStep,
+    Square,
+)
 from wideberth.checks import Box, Norm
 
 BATCH, FEATURES, CLASSES = 10, 6, 4
@@ -40,6 +57,8 @@ class Row:
         fixed_cost: forwards and backwards per sample, or None where they depend on what is broken when.
         norms: those that it is defined for.
         classes: how many the model must have at least.
+        even: whether all unbroken rows are asked about equally often; a row may be done earlier than others.
+        shaped: whether the layout of the input is part of the method, so that an image is not its flattened vector.
     """
 
     name: str
@@ -49,6 +68,8 @@ class Row:
     fixed_cost: int | None
     norms: tuple[Norm, ...] = ("linf", "l2", "l1")
     classes: int = 2
+    even: bool = True
+    shaped: bool = False
 
 
 TABLE = (
@@ -87,6 +108,51 @@ TABLE = (
     ),
     Row("pma", PMA(steps=3, diverse=0), random=False, judges=True, fixed_cost=8),
     Row("pma-diverse", PMA(steps=3, diverse=2, restarts=2), random=True, judges=True, fixed_cost=None),
+    Row("fab", FAB(steps=20), random=False, judges=True, fixed_cost=84),
+    # Restarts begin at random points, but in this setting the closest mistake is found without them: see test_fab.
+    Row("fab-restarts", FAB(steps=10, restarts=3), random=False, judges=True, fixed_cost=132),
+    Row("fab-targets", FAB(steps=15, targets=3), random=False, judges=True, fixed_cost=97),
+    Row("ddn", DDN(steps=20), random=False, judges=True, fixed_cost=40, norms=("l2",)),
+    Row("ddn-levels", DDN(steps=20, levels=256), random=False, judges=True, fixed_cost=40, norms=("l2",)),
+    Row("fmn", FMN(steps=20), random=False, judges=True, fixed_cost=40),
+    Row(
+        "carlini-wagner",
+        CarliniWagner(steps=30, search_steps=3, learning_rate=0.1, initial_c=1.0),
+        random=False,
+        judges=True,
+        fixed_cost=None,
+        norms=("l2", "linf"),
+        even=False,
+    ),
+    Row("deepfool", DeepFool(steps=10), random=False, judges=True, fixed_cost=44),
+    Row("noise", RandomNoise(tries=8), random=True, judges=True, fixed_cost=8),
+    Row("noise-first-flip", RandomNoise(tries=8, keep="first_flip"), random=True, judges=True, fixed_cost=8),
+    Row("early-stopped", EarlyStoppedPGD(steps=3, start="none"), random=False, judges=False, fixed_cost=6),
+    Row("early-stopped-noisy", EarlyStoppedPGD(steps=3, tau=1, omega=0.02), random=True, judges=False, fixed_cost=6),
+    Row("square", Square(queries=40), random=True, judges=True, fixed_cost=40, shaped=True),
+    Row("square-rescaled", Square(queries=40, rescaled=True), random=True, judges=True, fixed_cost=40, shaped=True),
+    Row("square-restarts", Square(queries=20, restarts=2), random=True, judges=True, fixed_cost=None, shaped=True),
+    Row("apgd", APGD(steps=8), random=True, judges=True, fixed_cost=18),
+    Row("apgd-restarts", APGD(steps=4, restarts=2), random=True, judges=True, fixed_cost=None),
+    Row(
+        "apgd-targets",
+        APGD(steps=4, targets=3, loss=losses.dlr_loss),
+        random=True,
+        judges=True,
+        fixed_cost=None,
+        classes=4,
+    ),
+    Row(
+        "apgd-large-eps",
+        APGD(norm="l1", steps=10, large_eps=True),
+        random=True,
+        judges=True,
+        fixed_cost=26,
+        norms=("l1",),
+    ),
+    Row("mifgsm", MIFGSM(steps=3), random=False, judges=False, fixed_cost=6),
+    Row("mifgsm-worst", MIFGSM(steps=3, start="uniform", keep="worst"), random=True, judges=True, fixed_cost=7),
+    Row("mifgsm-first-flip", MIFGSM(steps=3, keep="first_flip"), random=False, judges=True, fixed_cost=7),
 )
 
 every_attack = pytest.mark.parametrize(
@@ -151,7 +217,9 @@ def assert_allowed(found: Tensor, x: Tensor, eps: Tensor | float, norm: Norm, bo
 def test_every_exported_attack_has_a_row() -> None:
     exported = [getattr(attacks, name) for name in attacks.__all__]
     kinds = {kind for kind in exported if inspect.isclass(kind) and issubclass(kind, Attack)}
-    assert {kind for kind in kinds if not inspect.isabstract(kind)} == {type(row.attack) for row in TABLE}
+    # Those whose eps is not the radius of a norm ball keep the other promises in test_beyond_norms.
+    held = {kind for kind in kinds if kind.ball and not inspect.isabstract(kind)}
+    assert held == {type(row.attack) for row in TABLE}
 
 
 @every_attack
@@ -256,6 +324,9 @@ def test_the_rank_of_the_input_does_not_matter(row: Row, norm: Norm, shape: tupl
     case = setting(norm, shape=shape)
     found = case.craft(row, norm).x
     assert found.shape == case.x.shape
+    if row.shaped:
+        assert_allowed(found, case.x, case.eps, norm)
+        return
     flat = replace(case, x=case.x.flatten(1)).craft(row, norm).x
     torch.testing.assert_close(found.flatten(1), flat, rtol=0, atol=1e-12)
 
@@ -333,8 +404,9 @@ def test_survived_counts_the_iterates_before_the_flip(row: Row, norm: Norm) -> N
     found = case.craft(row, norm, eps=0.0)
     held = found.survived[2:]
     assert found.survived.tolist()[:2] == [0, 0]
-    assert held.tolist() == [held[0].item()] * (BATCH - 2)
-    assert held[0] > 0
+    if row.even:
+        assert held.tolist() == [held[0].item()] * (BATCH - 2)
+    assert (held > 0).all()
     if isinstance(row.attack, PGD):
         assert held[0] == row.attack.steps * row.attack.restarts
 
@@ -344,8 +416,10 @@ def test_survived_counts_the_iterates_before_the_flip(row: Row, norm: Norm) -> N
 def test_constant_inputs(row: Row, norm: Norm, level: float) -> None:
     case = setting(norm)
     x = torch.full_like(case.x, level)
-    found = replace(case, x=x).craft(row, norm).x
-    assert_allowed(found, x, case.eps, norm)
+    # What looks for the smallest perturbation returns the input where there is none within the radius.
+    eps = 8 * case.eps if row.attack.minimal else case.eps
+    found = replace(case, x=x).craft(row, norm, eps=eps).x
+    assert_allowed(found, x, eps, norm)
     assert not torch.equal(found, x)
 
 

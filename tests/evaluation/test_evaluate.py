@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from wideberth import geometry, losses
-from wideberth.attacks import FGSM, PGD, Attack, Problem, State
+from wideberth.attacks import FGSM, PGD, Attack, Problem, Spatial, State
 from wideberth.checks import InputError, Norm
 from wideberth.data import InMemory, Split, Tensors
 from wideberth.evaluation import Evaluation, evaluate, verify
@@ -393,6 +393,7 @@ def given(**change: Any) -> Mapping[str, Any]:
             "suite: FGSM attacks in l2 and box (0.0, 1.0), the evaluation is in linf",
         ),
         ({"suite": {"FGSM": FGSM(box=(-1.0, 1.0))}}, "suite: FGSM attacks in linf and box (-1.0, 1.0)"),
+        ({"suite": {"turned": Spatial()}}, "suite: turned: Spatial knows no ball of a norm"),
         ({"box": (1.0, 0.0), "suite": "pgd"}, "box=(1.0, 0.0): must be (low, high)"),
         ({"model": linear(torch.ones(1, 2), torch.zeros(1))}, "the model returned shape (4, 1) for 4 inputs"),
         ({"model": linear(torch.eye(2) * torch.nan, torch.zeros(2))}, "the model returned NaN or infinite logits"),

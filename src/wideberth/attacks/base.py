@@ -231,6 +231,8 @@ class Attack(ABC):
     minimal: ClassVar[bool] = False
     """Whether a run looks for the smallest perturbation, and goes on after the first success."""
     needs_gradient: ClassVar[bool] = True
+    ball: ClassVar[bool] = True
+    """Whether eps is the radius of a ball of `norm` around the input; where not, the attack says what it is."""
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""

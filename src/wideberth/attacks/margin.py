@@ -17,9 +17,9 @@ from wideberth.losses import Loss
 class PMA(Attack):
     """Probability margin attack (Xie et al. 2025): steepest ascent on the largest other probability minus the label's.
 
-    Its step falls from `largest` * eps to `smallest` * eps along a cosine. Before that, a run may be led away from where
-    others have been: `diverse` steps of length eps up a random direction of the logits (output-diversified starts,
-    Tashiro et al. 2020; their use for fast verdicts is from Liu et al. 2022).
+    Its step falls from `largest` * eps to `smallest` * eps along a cosine. Before that, a run may be led away from
+    where others have been: `diverse` steps of length eps up a random direction of the logits (output-diversified
+    starts, Tashiro et al. 2020; their use for fast verdicts is from Liu et al. 2022).
 
     What we do differently: the published attack splits the margin in two for the first half of the steps (its code even
     ascends the label's own probability in the first one); here the random directions do that work.
@@ -81,5 +81,3 @@ class PMA(Attack):
         """The step in units of eps, (B,): a cosine from the largest to the smallest."""
         share = (iteration - self.diverse).clamp_min(0) / max(1, self.steps - 1)
         return self.smallest + (self.largest - self.smallest) * (1 + torch.cos(math.pi * share.clamp_max(1))) / 2
-
-

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from wideberth import checks, losses
+from wideberth.attacks.apgd import APGD
 from wideberth.attacks.base import Attack
+from wideberth.attacks.descent import FMN
+from wideberth.attacks.fab import FAB
 from wideberth.attacks.gradient import PGD
+from wideberth.attacks.margin import PMA
+from wideberth.attacks.square import Square
 from wideberth.checks import Box, Norm
-
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
@@ -51,7 +55,82 @@ def pgd(norm: Norm, box: Box, classes: int, steps: int = 20, restarts: int = 2) 
     return {"PGD margin": attack(losses.margin_loss), "PGD cross-entropy": attack(losses.cross_entropy)}
 
 
-SUITES: dict[str, Callable[..., Mapping[str, Attack | Stage]]] = {"pgd": pgd}
+def standard(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
+    """The composition of AutoAttack standard (Croce and Hein 2020; l1: Croce and Hein 2021), for any number of classes.
+
+    APGD on the cross-entropy, APGD on the targeted DLR loss, targeted FAB, and Square with 5,000 queries. There are as
+    many targets as other classes, at most nine; with fewer than four classes the ratio is not defined, and the margin
+    takes its place.
+    """
+    l1 = norm == "l1"
+    ratio = losses.dlr_loss if classes >= 4 else losses.margin_loss
+    return {
+        "APGD-CE": APGD(norm=norm, box=box, restarts=5 if l1 else 1, large_eps=l1),
+        "APGD-T": APGD(norm=norm, box=box, loss=ratio, targets=5 if l1 else 9, large_eps=l1),
+        "FAB-T": FAB(norm=norm, box=box, targets=9),
+        "Square": Square(norm=norm, box=box),
+    }
+
+
+def plus(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
+    """The composition of AutoAttack plus: more restarts, and the untargeted attacks, before the targeted ones."""
+    ratio = losses.dlr_loss if classes >= 3 else losses.margin_loss
+    targeted = losses.dlr_loss if classes >= 4 else losses.margin_loss
+    return {
+        "APGD-CE": APGD(norm=norm, box=box, restarts=5),
+        "APGD-DLR": APGD(norm=norm, box=box, restarts=5, loss=ratio),
+        "FAB": FAB(norm=norm, box=box, restarts=5),
+        "Square": Square(norm=norm, box=box),
+        "APGD-T": APGD(norm=norm, box=box, loss=targeted, targets=9),
+        "FAB-T": FAB(norm=norm, box=box, targets=9),
+    }
+
+
+def rand(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
+    """The composition of AutoAttack rand, for models whose output is random: gradients are means over 20 passes."""
+    ratio = losses.dlr_loss if classes >= 3 else losses.margin_loss
+    return {
+        "APGD-CE": APGD(norm=norm, box=box, draws=20),
+        "APGD-DLR": APGD(norm=norm, box=box, loss=ratio, draws=20),
+    }
+
+
+def radius(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
+    """Minimum-norm attacks: each sample's smallest radius, from which robust accuracy follows at every eps."""
+    del classes
+    return {"FMN": FMN(norm=norm, box=box), "FAB": FAB(norm=norm, box=box)}
+
+
+def fast(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
+    """Nearly the verdict of `standard` for a small part of its cost.
+
+    Ascent on the probability margin breaks most of what can be broken; runs led elsewhere by random directions of the
+    logits are spent on samples that it brought near a mistake, and Square, which needs no gradient, on the nearest.
+    """
+    del classes
+    if norm == "l1":  # steepest steps move one entry at a time; APGD spreads them
+        return {
+            "APGD margin": APGD(norm=norm, box=box, steps=30, loss=losses.margin_loss, large_eps=True),
+            "APGD targeted": Stage(
+                APGD(norm=norm, box=box, steps=30, loss=losses.margin_loss, large_eps=True, targets=3), near=-0.7
+            ),
+            "Square": Stage(Square(norm=norm, box=box, queries=1000), near=-0.3),
+        }
+    return {
+        "PMA": PMA(norm=norm, box=box, steps=20, diverse=0),
+        "PMA diverse": Stage(PMA(norm=norm, box=box, steps=20, diverse=5, restarts=5), near=-0.5),
+        "Square": Stage(Square(norm=norm, box=box, queries=1000), near=-0.2),
+    }
+
+
+SUITES: dict[str, Callable[..., Mapping[str, Attack | Stage]]] = {
+    "standard": standard,
+    "fast": fast,
+    "plus": plus,
+    "rand": rand,
+    "pgd": pgd,
+    "radius": radius,
+}
 
 
 def suite(name: str, norm: Norm, box: Box = (0.0, 1.0), classes: int = 10) -> Mapping[str, Attack | Stage]:

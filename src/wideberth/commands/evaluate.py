@@ -121,7 +121,11 @@ def table(found: Evaluation) -> Table:
         view.add_row(shown, f"{told[f'{name}_accuracy']:.2%}", f"{low:.1%} to {high:.1%}")
     for stage in told["attacks"]:
         view.add_row(f"after {stage['name']}", f"{stage['robust_accuracy']:.2%}", "")
-    if told.get("zero_gradients"):
+    if "grade" in told:
+        raised = [finding for finding in told["findings"] if finding["raised"]]
+        advice = "".join(f"\n{finding['name']}: {finding['why']} {finding['advice']}" for finding in raised)
+        view.caption = f"{told['grade']['verdict']}: {told['grade']['reason']}{advice}"
+    elif told.get("zero_gradients"):
         view.caption = (
             f"{told['zero_gradients']:.1%} of the inputs have a zero gradient, where attacks see nothing: distrust this"
         )

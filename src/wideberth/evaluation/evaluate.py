@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ from wideberth.configuration import describe
 from wideberth.data import Data, Split
 from wideberth.evaluation import shards
 from wideberth.evaluation.record import Evaluation
+from wideberth.evaluation.suspicion import examine, grade
 from wideberth.evaluation.verdict import Case, Ledger, search
 from wideberth.evaluation.verify import judging
 
@@ -45,6 +46,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = False,
     radii: bool = False,
+    examined: bool = True,
     state: str | Path | None = None,
 ) -> Evaluation:
     """Clean accuracy and verified robust accuracy of a model within a radius.
@@ -69,6 +71,7 @@ def evaluate(
         radii: also search the smallest radius at which each sample breaks, by the minimum-norm suite "radius", from
             which the whole curve of robust accuracy against eps follows; a sample that this breaks within `eps` counts
             as broken.
+        examined: also look for signs of false confidence on up to 64 samples, and grade the verdict (see `examine`).
         state: a file in which to keep what is known, every two minutes and when interrupted; an evaluation that finds
             it there goes on from it. Removed at the end.
 
@@ -108,7 +111,8 @@ def evaluate(
     samples = samples.drop(columns="position").reset_index(drop=True)
     seconds = [max(each) for each in zip(*(spent for _, spent in everything), strict=True)]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    protocol = {
+    line = _stages(samples, line_up, seconds)
+    protocol: dict[str, Any] = {
         "data": describe(data) if isinstance(data, Data) else type(data).__name__,
         "split": "test" if isinstance(data, Data) else "given",
         "norm": norm,
@@ -116,17 +120,37 @@ def evaluate(
         "box": list(box),
         "suite": suite if isinstance(suite, str) else "custom",
         "seed": seed,
-        "attacks": _stages(samples, line_up, seconds),
+        "attacks": line,
         "seconds": time.monotonic() - began,
         "processes": world,
         "device": str(device),
         "dtype": str(next((p.dtype for p in model.parameters()), torch.float32)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "wideberth": _version()},
     }
+    if examined:
+        protocol |= _examined(case, samples.iloc[rank::world], line)
     if state is not None:
         for name in (state, _beyond(state)):
             shards.own(Path(name)).unlink(missing_ok=True)
     return Evaluation(samples, protocol)
+
+
+def _examined(case: Case, samples: pd.DataFrame, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The grade of a verdict and the findings behind it: each process looks at its own samples, the first tells."""
+    findings = examine(
+        case.model,
+        case.x,
+        case.y,
+        eps=case.eps,
+        norm=case.norm,
+        box=case.box,
+        samples=samples.reset_index(drop=True),
+        stages=stages,
+        seed=case.seed,
+    )
+    verdict, reason = grade(findings)
+    told = {"grade": {"verdict": verdict, "reason": reason}, "findings": [asdict(finding) for finding in findings]}
+    return shards.gathered(told)[0]
 
 
 def _beyond(state: str | Path) -> Path:
@@ -159,6 +183,9 @@ def _stages_of(suite: str | Mapping[str, Attack | Stage], norm: Norm, box: Box, 
         raise InputError("suite: holds no attack, and nothing would count as broken")
     for name, stage in line_up.items():
         attack = stage.attack
+        if not attack.ball:
+            kind = type(attack).__name__
+            raise InputError(f"suite: {name}: {kind} knows no ball of a norm, as a verdict does; call it directly")
         if attack.norm != norm or tuple(attack.box) != tuple(box):
             raise InputError(
                 f"suite: {name} attacks in {attack.norm} and box {tuple(attack.box)}, the evaluation is in {norm} and "

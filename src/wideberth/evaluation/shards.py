@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +20,14 @@ def mine() -> tuple[int, int]:
         if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
             return 0, 1
         distributed.init_process_group("gloo")  # only records travel, never tensors on a GPU
+        atexit.register(_leave)
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def _leave() -> None:
+    """Without it, the group's threads may still run when the interpreter takes itself down, which aborts it."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def gathered(part: T) -> list[T]:

@@ -4,14 +4,18 @@ from wideberth.reports.figures import extremes, margin_distribution, radius_hist
 from wideberth.reports.html import write_report
 from wideberth.reports.records import NoRecords
 from wideberth.reports.tables import comparison, render
+from wideberth.reports.verdicts import costs, robustness_curve, survival
 
 __all__ = [
     "NoRecords",
     "comparison",
+    "costs",
     "extremes",
     "margin_distribution",
     "radius_histogram",
     "render",
+    "robustness_curve",
+    "survival",
     "trade_off",
     "training_curves",
     "write_report",

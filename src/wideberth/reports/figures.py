@@ -282,11 +282,14 @@ def margin_distribution(runs: Sequence[Run]) -> Figure:
 
 
 def _mark_radius(axes: Axes, runs: Sequence[Run], scale: float) -> None:
-    """A line at the radius of the evaluations, where all share one that lies within the plot."""
+    """A line at the radius of the evaluations, where all share one."""
     sizes = {(e.get("norm"), number(e.get("eps"))) for run in runs if (e := run.evaluation) is not None}
-    if len(sizes) != 1:
-        return
-    norm, eps = sizes.pop()
+    if len(sizes) == 1:
+        mark_radius(axes, *sizes.pop(), scale)
+
+
+def mark_radius(axes: Axes, norm: object, eps: float, scale: float) -> None:
+    """A named line at a radius, where that lies within the plot; `scale` takes it to the axis' unit."""
     if 0 < eps * scale < axes.get_xlim()[1]:
         axes.axvline(eps * scale, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), gid="eps")
         axes.text(

@@ -15,13 +15,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from wideberth.checks import InputError
-from wideberth.reports import figures
+from wideberth.reports import figures, verdicts
 from wideberth.reports.records import (
     NORMS,
     NOTHING,
     NoRecords,
     config_of,
+    evaluation_of,
     figures_text,
+    grade_of,
     labels,
     last,
     number,
@@ -58,14 +60,15 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, draw: Callable[[], Figure], alt: str, caption: str, title: str = "") -> None:
-        """Draw a figure into the section, unless the runs hold no records for it."""
+    def add(self, draw: Callable[[], Figure], alt: str | Callable[[], str], caption: str, title: str = "") -> None:
+        """Draw a figure into the section, unless the runs hold no records for it; `alt` may need them too."""
         try:
             figure = draw()
         except NoRecords as reason:
             if isinstance(reason, figures.NotImages):
                 self.notes.append(str(reason))
             return
+        alt = alt if isinstance(alt, str) else alt()
         width, height = (round(96 * inches) for inches in figure.get_size_inches())
         self.pictures.append(Picture(data_uri(figure), width, height, alt, caption, title))
 
@@ -106,6 +109,7 @@ def write_report(runs: Sequence[Run], out: Path, title: str | None = None) -> Pa
         columns=columns,
         rows=list(zip([look(position).colour for position in range(len(runs))], rows, strict=True)),
         comparable=len(_protocols(table)) < 2,
+        grades=[(name, found) for name, run in zip(names, runs, strict=True) if (found := grade_of(run))],
         sections=[section for section in _sections(runs, names, table) if section.pictures or section.notes],
         names=names,
         attacks=_line_ups(runs, names),
@@ -146,7 +150,9 @@ def headline(runs: Sequence[Run], table: pd.DataFrame) -> str:
         interval = f" ({sure}interval {100 * best['robust_low']:.1f} to {100 * best['robust_high']:.1f})"
     clean = "" if math.isnan(best["clean_accuracy"]) else f" Unperturbed, {100 * best['clean_accuracy']:.1f}% are."
     robust = f"{100 * best['robust_accuracy']:.1f}% of {_samples(verdict)}{interval}"
-    return f"{finding}{robust} stay correctly classified under {_threat(verdict)}.{clean}"
+    grade = grade_of(runs[list(table["name"]).index(best["name"])])
+    doubt = f" This verdict is graded {grade.verdict}." if grade and grade.verdict not in ("", "trusted") else ""
+    return f"{finding}{robust} stay correctly classified under {_threat(verdict)}.{clean}{doubt}"
 
 
 def _samples(verdict: dict[str, Any]) -> str:
@@ -163,7 +169,8 @@ def _threat(verdict: dict[str, Any]) -> str:
     size = f" of size up to {size_text(eps)}" if math.isfinite(eps) else ""
     attacks = [str(attack.get("name")) for attack in verdict.get("attacks") or ()]
     suite = f"the {verdict['suite']} suite" if verdict.get("suite") else ""
-    line_up = f"{suite} ({', '.join(attacks)})" if suite and attacks else suite or ", ".join(attacks)
+    listed = ("; " if any("," in attack for attack in attacks) else ", ").join(attacks)
+    line_up = f"{suite} ({listed})" if suite and attacks else suite or listed
     return (
         f"adversarial {norm} perturbations".replace("  ", " ") + size + (f", searched by {line_up}" if line_up else "")
     )
@@ -177,6 +184,7 @@ def _protocols(table: pd.DataFrame) -> set[tuple[str, ...]]:
 
 def _sections(runs: Sequence[Run], names: Sequence[str], table: pd.DataFrame) -> Iterator[Section]:
     yield _result(runs, table)
+    yield _verdicts(runs, names)
     yield _margins(runs, names, table)
     yield _radii(runs, names)
     yield _samples_section(runs, names)
@@ -199,6 +207,26 @@ def _result(runs: Sequence[Run], table: pd.DataFrame) -> Section:
             caption="Up and to the right is better. Bars are the intervals of the table: "
             "mind them before ranking neighbours.",
         )
+    return section
+
+
+def _verdicts(runs: Sequence[Run], names: Sequence[str]) -> Section:
+    section = Section(
+        "verdict",
+        "Behind the verdicts" if len(runs) > 1 else "Behind the verdict",
+        "How far the robustness reaches, which attack found what, and how much work it took.",
+    )
+    judged = [(place, name, evaluation_of(run)) for place, (name, run) in enumerate(zip(names, runs, strict=True))]
+    for picture in verdicts.PICTURES:
+        for position, name, evaluation in judged:
+            if evaluation is None:
+                continue
+            section.add(
+                partial(picture.draw, evaluation, position),
+                alt=partial(picture.alt, evaluation),
+                caption=picture.caption(evaluation),
+                title=f"{picture.title}: {name}" if len(runs) > 1 else picture.title,
+            )
     return section
 
 

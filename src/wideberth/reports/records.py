@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from wideberth.checks import InputError
+from wideberth.evaluation.record import Evaluation
 from wideberth.runs import Run
 
 NORMS = {"linf": "\N{SCRIPT SMALL L}∞", "l2": "\N{SCRIPT SMALL L}2", "l1": "\N{SCRIPT SMALL L}1"}
@@ -65,6 +66,44 @@ def norm_of(run: Run) -> object:
     arguments = attack.get("init_args") if isinstance(attack, dict) else None
     trained = arguments.get("norm") if isinstance(arguments, dict) else None
     return (run.evaluation or {}).get("norm", trained)
+
+
+def evaluation_of(run: Run) -> Evaluation | None:
+    """The record of the run's evaluation; None where it has none, or one that does not say how each sample ended."""
+    protocol, samples = run.evaluation, run.evaluation_samples
+    if protocol is None or samples is None or not {"clean_correct", "robust", "attack"} <= set(samples):
+        return None
+    return Evaluation(samples, protocol)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Whether a verdict can be believed.
+
+    Attributes:
+        verdict: "trusted", "doubtful" or "masked"; "" where only findings are recorded.
+        reason: one sentence.
+        findings: of the checks that were raised: name, severity, why and advice.
+    """
+
+    verdict: str
+    reason: str
+    findings: tuple[dict[str, str], ...]
+
+
+def grade_of(run: Run) -> Grade | None:
+    """The grade of the run's verdict; None where it was neither graded nor did a check object."""
+    verdict = run.evaluation or {}
+    grade = verdict.get("grade") or {}
+    raised = tuple(
+        {key: printable(str(finding.get(key) or "")) for key in ("name", "severity", "why", "advice")}
+        for finding in verdict.get("findings") or ()
+        if finding.get("raised")
+    )
+    if not grade and not raised:
+        return None
+    word, reason = (printable(str(grade.get(key) or "")) for key in ("verdict", "reason"))
+    return Grade(word, reason, raised)
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

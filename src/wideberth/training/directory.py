@@ -36,7 +36,9 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Make the run directory, or refuse one that would be overwritten or cannot be resumed (`InputError`)."""
     run = Run(out) if out.is_dir() else None
     if resume and (run is None or run.checkpoint is None):
-        raise InputError(f"out={str(out)!r} with resume: holds no checkpoints/last.ckpt to resume from; train without it")
+        raise InputError(
+            f"out={str(out)!r} with resume: holds no checkpoints/last.ckpt to resume from; train without it"
+        )
     if run is not None and not resume:
         began = run.finished or run.checkpoint is not None
         if began and not overwrite:

@@ -1,0 +1,338 @@
+"""APGD (Croce and Hein 2020, 2021): projected gradient ascent that chooses its own step size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from wideberth import checks, geometry, losses
+from wideberth.attacks.base import Attack, Problem, State, input_gradient
+from wideberth.checks import InputError
+from wideberth.losses import Loss
+
+_MOMENTUM = 0.25
+"""Share of the last move that is made again."""
+_FIRST_ACTIVE = 5
+"""l1: one in so many entries moves, until the first check."""
+_SPARSER = 0.95
+"""l1: an optimum with less than this share of the entries that it had is worth another start with full steps."""
+_SHORTER, _SHORTEST = 1.5, 0.1
+"""l1: what a step is divided by at any other check, and the least it may be, in units of the radius."""
+
+
+@dataclass(frozen=True)
+class Ascent(State):
+    """What APGD remembers of a row.
+
+    Attributes:
+        best: (B, ...) point of highest loss; with `large_eps`, since the radius last changed.
+        best_gradient: (B, ...) the gradient there.
+        best_value: (B,) the loss there.
+        previous: (B, ...) where the move to `point` began.
+        size: (B,) step, in units of the radius.
+        last: (B,) loss at the point asked about before.
+        risen: (B,) int64, how often the loss rose since the last check.
+        checked: (B,) the best loss as of the last check.
+        halved: (B,) bool, whether the last check halved the step.
+        support: (B,) int64, in how many entries `best` differed from the input at the last check (l1).
+        active: (B,) int64, in how many entries a step goes (l1).
+    """
+
+    best: Tensor
+    best_gradient: Tensor
+    best_value: Tensor
+    previous: Tensor
+    size: Tensor
+    last: Tensor
+    risen: Tensor
+    checked: Tensor
+    halved: Tensor
+    support: Tensor
+    active: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class APGD(Attack):
+    """Auto-PGD (Croce and Hein 2020; in l1, Croce and Hein 2021): full steps first, shorter ones where they stall.
+
+    A step has length 2 eps at first and momentum. At checkpoints that become denser, a row whose loss rose too seldom,
+    or whose best loss stands still, halves its step and goes back to its best point. In l1 a step goes in the largest
+    entries of the gradient, fewer as the perturbation becomes sparser, and is projected onto ball and box together.
+
+    A run costs steps + 1 forwards and as many input gradients (`large_eps`: steps + 3). `APGD(loss=losses.dlr_loss,
+    targets=9)` is what AutoAttack calls APGD-T.
+
+    It returns the first misclassified point, at which an evaluation ends the row, or else the point of highest loss.
+
+    What we do differently: the authors' code returns the last misclassified point of a run, and the input where there
+    is none. At the first checkpoint it asks whether the first loss is positive; we ask whether it rose, as the paper
+    does. In l1, its entries that come back to the input do so up to rounding, and still count as perturbed; ours come
+    back exactly. Where two perturbed entries are left, it goes on with both, and may get stuck; we go on with one. With
+    `large_eps`, a mistake within eps also counts while the radius is larger. With several `draws`, the loss is their
+    mean, not the last.
+
+    Attributes:
+        steps: how many, >= 1.
+        loss: what is ascended; (logits, y) -> (B,).
+        rho: a row whose loss rose in no more than this share of the steps between two checkpoints halves its step,
+            in [0, 1]; l1 has no use for it.
+        large_eps: search at 3 eps for 30 % of the steps, at 2 eps for 30 %, and at eps for the rest; l1 only.
+        draws: passes that a gradient is the mean of, for randomised models; the last decides about success.
+    """
+
+    steps: int = 100
+    loss: Loss = losses.cross_entropy
+    rho: float = 0.75
+    large_eps: bool = False
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse hyper-parameters that make no sense (`InputError`)."""
+        super().__post_init__()
+        checks.at_least("steps", self.steps, 1)
+        checks.at_least("draws", self.draws, 1)
+        checks.at_least("rho", self.rho, 0)
+        if self.rho > 1:
+            raise InputError(f"rho={self.rho}: must be a share of the steps, at most 1")
+        if self.large_eps and self.norm != "l1":
+            raise InputError(f"large_eps=True with norm={self.norm!r}: the schedule of larger radii is for l1")
+
+    @property
+    def rounds(self) -> int:
+        """The steps, and a look at where each of the radii begins."""
+        return self.steps + (3 if self.large_eps else 1)
+
+    def begin(self, problem: Problem) -> Ascent:
+        """Begin on the boundary of the ball: linf and l2 in a random direction, l1 at projected Gaussian noise."""
+        x, wide, noise = problem.x, problem.eps.dtype, problem.noise.fold("apgd", "start")
+        radius = problem.eps * self._plan(problem).factor[0]
+        shape = x.shape[1:]
+        delta = 2 * noise.uniform(shape, wide) - 1 if self.norm == "linf" else noise.normal(shape, wide)
+        if self.norm != "l1":
+            length = geometry.norm(delta, self.norm)
+            delta = delta * geometry.column(radius / torch.where(length > 0, length, 1), x)
+        point = geometry.place(x, delta, radius, self.norm, self.box)
+        low = torch.full_like(problem.eps, float("-inf"))
+        none = torch.zeros_like(problem.y)
+        entries = x[0].numel()
+        state = Ascent.at(
+            problem,
+            point,
+            best=point,
+            best_gradient=torch.zeros_like(x),
+            best_value=low,
+            previous=point,
+            size=torch.full_like(problem.eps, 1 if self.norm == "l1" else 2),
+            last=-low,
+            risen=none,
+            checked=low,
+            halved=torch.ones_like(problem.y, dtype=torch.bool),
+            support=none + entries,
+            active=none - (-entries // _FIRST_ACTIVE),
+        )
+        # The larger balls are for the search alone: a point of theirs is not to be returned.
+        return replace(state, kept=x) if self.large_eps else state
+
+    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> Ascent:
+        """One forward and one input gradient at `state.point`; then the step size, and a step."""
+        assert isinstance(state, Ascent)
+        plan = self._plan(problem).at(state.iteration)
+        ascended = problem.loss(self.loss if loss is None else loss)
+        logits, value, gradient = input_gradient(model, state.point, ascended, self.draws)
+        # A loss that is no number is no progress.
+        value = value.to(state.value.dtype).nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+        state = self._remember(problem, state, plan, problem.achieved(logits), value, gradient)
+        if self.norm == "l1":
+            state, restart = self._adapt_sparsity(problem, state, plan)
+        else:
+            state, restart = self._adapt_size(state, plan, value)
+        again = geometry.column(restart, state.point)
+        origin = torch.where(again, state.best, state.point)
+        gradient = torch.where(again, state.best_gradient, gradient).to(problem.eps.dtype)
+        return replace(
+            state,
+            point=self._moved(problem, state, plan, origin, gradient),
+            previous=origin,
+            iteration=state.iteration + 1,
+            spent=state.spent + 2 * self.draws,
+        )
+
+    def _plan(self, problem: Problem) -> _Plan:
+        return _plan(self.steps, self.norm == "l1", self.large_eps, problem.y.device)
+
+    def _remember(
+        self, problem: Problem, state: Ascent, plan: _Plan, achieved: Tensor, value: Tensor, gradient: Tensor
+    ) -> Ascent:
+        """Take account of what the model said about `state.point`."""
+        final = plan.factor == 1
+        now = achieved
+        if self.large_eps:
+            delta = state.point.to(problem.eps.dtype) - problem.x
+            now = achieved & (final | (geometry.norm(delta, self.norm) <= problem.eps))
+        better = plan.opening | (value > state.best_value)
+        up = geometry.column(better, state.point)
+        kept = ~state.broken & (now | (better & final))
+        return replace(
+            state,
+            kept=torch.where(geometry.column(kept, state.point), state.point, state.kept),
+            value=torch.where(kept, value, state.value),
+            broken=state.broken | now,
+            survived=state.survived + (~now & (state.survived == state.iteration)),
+            best=torch.where(up, state.point, state.best),
+            best_gradient=torch.where(up, gradient, state.best_gradient),
+            best_value=torch.where(better, value, state.best_value),
+        )
+
+    def _adapt_size(self, state: Ascent, plan: _Plan, value: Tensor) -> tuple[Ascent, Tensor]:
+        """linf and l2: at checkpoints halve the step of rows that oscillate or stall; these restart, (B,) bool."""
+        risen = state.risen + (value > state.last)
+        due = plan.interval > 0
+        stalled = ~state.halved & (state.best_value <= state.checked)
+        halve = due & ((risen <= self.rho * plan.interval) | stalled)
+        state = replace(
+            state,
+            size=torch.where(halve, state.size / 2, state.size),
+            last=value,
+            risen=torch.where(due, 0, risen),
+            checked=torch.where(due, state.best_value, state.checked),
+            halved=torch.where(due, halve, state.halved),
+        )
+        return state, halve
+
+    def _adapt_sparsity(self, problem: Problem, state: Ascent, plan: _Plan) -> tuple[Ascent, Tensor]:
+        """l1: at checkpoints follow the sparsity of the best point; rows that became sparser restart, (B,) bool."""
+        if self.large_eps:
+            # Each radius is a search of its own, from where the one before has led.
+            support = _support(state.point, problem.x)
+            state = replace(
+                state,
+                size=torch.where(plan.opening, 1, state.size),
+                support=torch.where(plan.opening, support, state.support),
+                active=torch.where(plan.opening, _next_active(support), state.active),
+            )
+        due = plan.interval > 0
+        support = _support(state.best, problem.x)
+        sparser = due & (support < _SPARSER * state.support)
+        size = torch.where(sparser, 1, (state.size / _SHORTER).clamp_min(_SHORTEST))
+        state = replace(
+            state,
+            size=torch.where(due, size, state.size),
+            support=torch.where(due, support, state.support),
+            active=torch.where(due, _next_active(support), state.active),
+        )
+        return state, sparser
+
+    def _moved(self, problem: Problem, state: Ascent, plan: _Plan, origin: Tensor, gradient: Tensor) -> Tensor:
+        """The next point to ask about: a step from `origin`, (B, ...)."""
+        x, wide = problem.x, problem.eps.dtype
+        base, here = x.to(wide), origin.to(wide)
+        stride = geometry.column(state.size * problem.eps * plan.factor, x)
+        if self.norm == "l1":
+            delta = (here - base) + stride * _sparse(gradient, state.active)
+            if self.large_eps:
+                delta = torch.where(geometry.column(plan.closing, x), state.best.to(wide) - base, delta)
+            return geometry.place(x, delta, problem.eps * plan.next_factor, self.norm, self.box)
+        uphill = geometry.steepest(gradient, self.norm)
+        reached = geometry.place(base, (here - base) + stride * uphill, problem.eps, self.norm, self.box)
+        # Nothing to repeat in the first step, which therefore goes all the way.
+        repeated = geometry.column(torch.where(plan.opening, 0, _MOMENTUM).to(wide), x)
+        move = (1 - repeated) * (reached - here) + repeated * (here - state.previous.to(wide))
+        return geometry.place(x, (here - base) + move, problem.eps, self.norm, self.box)
+
+
+def _support(point: Tensor, x: Tensor) -> Tensor:
+    """(B,) int64, in how many entries a point differs from the input."""
+    return (point != x).flatten(1).sum(1)
+
+
+def _next_active(support: Tensor) -> Tensor:
+    """(B,) int64, two thirds of the support: the next optimum is sought among fewer entries."""
+    share = -torch.div(-2 * support, 3, rounding_mode="floor")
+    # Rounded up, two would stay two for ever, and equal steps in both of them never leave the larger one alone.
+    return torch.where(support == 2, 1, share)
+
+
+def _sparse(gradient: Tensor, active: Tensor) -> Tensor:
+    """The signs of the `active` (B,) largest entries, as a step of unit l1 norm; zero where the gradient is zero."""
+    flat = gradient.flatten(1)
+    size = flat.abs()
+    rank = (active.clamp(1, flat.shape[1]) - 1)[:, None]
+    least = size.sort(dim=1, descending=True).values.gather(1, rank)
+    signs = flat.sign().masked_fill(size < least, 0)
+    return (signs / signs.abs().sum(1, keepdim=True).clamp_min(1)).view_as(gradient)
+
+
+# ---- the schedule ---------------------------------------------------------------------------------------------------
+
+
+def checkpoints(steps: int) -> dict[int, int]:
+    """After which iterations linf and l2 look back, and over how many steps.
+
+    Of 100 steps: 22, 41, 57, 70, 80, 87, 93, 99. Intervals shrink by 3 % of the steps, from 22 % to 6 %.
+    """
+    shrink, least = max(3 * steps // 100, 1), max(6 * steps // 100, 1)
+    interval = max(22 * steps // 100, 1)
+    found, iteration = {}, interval
+    while iteration <= steps:
+        found[iteration] = interval
+        interval = max(interval - shrink, least)
+        iteration += interval
+    return found
+
+
+def l1_checkpoints(steps: int) -> dict[int, int]:
+    """After which iterations l1 looks back: every 4 % of the steps."""
+    interval = max(4 * steps // 100, 1)
+    return dict.fromkeys(range(interval, steps + 1, interval), interval)
+
+
+def stages(steps: int) -> list[tuple[int, int]]:
+    """The schedule of larger radii: (radius in units of eps, steps) each."""
+    part = -(-3 * steps // 10)
+    second = min(part, steps - part)
+    return [(3, part), (2, second), (1, steps - part - second)]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What each iteration is for; the first axis is the iteration, or the row that is at it.
+
+    Attributes:
+        factor: the radius in units of eps.
+        next_factor: that of the point to ask about next.
+        interval: steps since the last checkpoint at a checkpoint, 0 elsewhere.
+        opening: bool, whether a search begins here.
+        closing: bool, whether another radius comes next.
+    """
+
+    factor: Tensor
+    next_factor: Tensor
+    interval: Tensor
+    opening: Tensor
+    closing: Tensor
+
+    def at(self, iteration: Tensor) -> _Plan:
+        """The rows' own, (B,) each."""
+        parts = (self.factor, self.next_factor, self.interval, self.opening, self.closing)
+        return _Plan(*(part[iteration] for part in parts))
+
+
+@cache
+def _plan(steps: int, l1: bool, large_eps: bool, device: torch.device) -> _Plan:
+    """The whole run, (rounds,) each. Kept, so that a step copies nothing to the device."""
+    factor, interval, opening = [], [], []
+    for scale, length in stages(steps) if large_eps else [(1, steps)]:
+        found = l1_checkpoints(length) if l1 else checkpoints(length)
+        for iteration in range(length + 1):
+            factor.append(scale)
+            interval.append(found.get(iteration, 0))
+            opening.append(iteration == 0)
+
+    def tensor(values: list[int] | list[bool]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    closing = [*opening[1:], False]
+    return _Plan(tensor(factor), tensor([*factor[1:], 1]), tensor(interval), tensor(opening), tensor(closing))

@@ -1,0 +1,223 @@
+"""Descent with a radius that follows the boundary: DDN (Rony et al. 2019) and FMN (Pintor et al. 2021)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from wideberth import checks, geometry, losses
+from wideberth.attacks.base import Attack, Problem, State, input_gradient
+from wideberth.attacks.minimum_norm import farthest, half_cosine, nearer, one_run
+from wideberth.checks import Norm
+from wideberth.losses import Loss
+
+_LAST = 0.01
+"""The last step, in units of the first."""
+_LAST_GAMMA = 0.001
+"""The last change of FMN's radius, relative."""
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Descent(State):
+    """Where a descent stands.
+
+    Attributes:
+        radius: (B,) of the ball that `point` was placed in.
+        spare: (B, ...) a random direction of unit length, taken where there is no gradient to follow.
+    """
+
+    radius: Tensor
+    spare: Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the model said of `state.point`.
+
+    Attributes:
+        now: (B,) bool, whether the point achieves the goal.
+        distance: (B,) of the point.
+        value: (B,) the loss there.
+        gradient: (B, ...) of the loss.
+    """
+
+    now: Tensor
+    distance: Tensor
+    value: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RadiusDescent(Attack):
+    """Steps up the loss, each followed by a return to a ball that shrinks after a success and grows after a failure.
+
+    Attributes:
+        steps: how many points are asked about, the input among them; each costs a forward and a backward.
+        step_size: l2 length of the first step, in units of the input; it falls to a hundredth along half a cosine.
+        gamma: relative change of the radius from step to step, in (0, 1).
+        loss: what is ascended.
+    """
+
+    steps: int = 100
+    step_size: float = 1.0
+    gamma: float = 0.05
+    loss: Loss
+
+    minimal: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse hyper-parameters that make no sense (`InputError`)."""
+        super().__post_init__()
+        checks.at_least("steps", self.steps, 1)
+        checks.at_least("step_size", self.step_size, 0)
+        checks.at_least("gamma", self.gamma, 0)
+        checks.at_least("1 - gamma", 1 - self.gamma, 0)
+        one_run(type(self).__name__, self.restarts)
+
+    @property
+    def rounds(self) -> int:
+        """As many as there are steps."""
+        return self.steps
+
+    def begin(self, problem: Problem) -> Descent:
+        """Begin at the inputs."""
+        draw = problem.noise.fold("spare direction").normal(problem.x.shape[1:], problem.eps.dtype)
+        radius = torch.full_like(problem.eps, self.first_radius)
+        return Descent.at(problem, problem.x, radius=radius, spare=geometry.steepest(draw, "l2"))
+
+    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> Descent:
+        """One forward and one input gradient at `state.point`, then one step uphill and back to the new ball."""
+        assert isinstance(state, Descent)
+        ascended = problem.loss(self.loss if loss is None else loss)
+        logits, value, gradient = input_gradient(model, state.point, ascended)
+        delta, gradient = (part.to(problem.eps.dtype) for part in (state.point - problem.x, gradient))
+        seen = Seen(problem.achieved(logits), geometry.norm(delta, self.norm), value, gradient)
+        size = half_cosine(state.iteration, self.steps, self.step_size, _LAST * self.step_size)
+        gamma = self.change(state.iteration)
+        state = nearer(problem, state, seen.now, seen.distance, cost=2)
+        # `fmin`: a NaN, of a model that overflows, is no radius.
+        radius = torch.fmin(self.next_radius(state, seen, gamma), farthest(problem, self.norm, self.box))
+        flat = geometry.column(geometry.norm(gradient, "linf") == 0, gradient)
+        direction = torch.where(flat, state.spare, geometry.steepest(gradient, "l2"))
+        delta = delta + geometry.column(size, delta) * direction
+        if self.norm == "l2":
+            # Into the box first: the ball only shortens what is left, while a clamp after it would shorten it again.
+            delta = (problem.x + delta).clamp(*self.box) - problem.x
+        return replace(state, point=self.placed(problem, delta, radius), radius=radius)
+
+    @property
+    @abstractmethod
+    def first_radius(self) -> float:
+        """Before the model was asked anything."""
+
+    @abstractmethod
+    def change(self, iteration: Tensor) -> Tensor:
+        """The relative change of the radius at each row's iteration, (B,)."""
+
+    @abstractmethod
+    def next_radius(self, state: Descent, seen: Seen, gamma: Tensor) -> Tensor:
+        """The radii that follow from what was seen, (B,); `state` knows of it already."""
+
+    def placed(self, problem: Problem, delta: Tensor, radius: Tensor) -> Tensor:
+        """The point that a perturbation leads to, within ball and box."""
+        return geometry.place(problem.x, delta, radius, self.norm, self.box)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDN(RadiusDescent):
+    """Decoupled direction and norm (Rony et al., CVPR 2019): the gradient turns the perturbation, successes shorten it.
+
+    After each step the perturbation is given the length that is due, 1 - gamma of the last where that succeeded and
+    1 + gamma where it failed. l2 only. Each point costs a forward and a backward.
+
+    What we do differently: points are not rounded to 256 levels unless `levels` says so, since distances to the
+    boundary are otherwise not comparable; radii never exceed the `eps` of the problem, where there is one; where the
+    gradient is zero, a row always takes the same random direction, of unit length.
+
+    The cross-entropy mixes the classes near a boundary: where several are, the point found is not quite the nearest
+    (on linear models with ten classes and small logits, by 3 % in the median); `losses.margin_loss` does not, but is
+    more easily led to a boundary further away.
+
+    Attributes:
+        init_eps: the first radius, in units of the input. 100 steps get from 1 down to 0.006, and up to 130.
+        levels: round the points to so many, evenly spaced over the box (256: images of 8 bits); None: do not.
+    """
+
+    norm: Norm = "l2"
+    loss: Loss = losses.cross_entropy
+    init_eps: float = 1.0
+    levels: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse hyper-parameters that make no sense (`InputError`)."""
+        super().__post_init__()
+        checks.choice("norm", self.norm, ("l2",))
+        checks.at_least("init_eps", self.init_eps, 0)
+        if self.levels is not None:
+            checks.at_least("levels", self.levels, 2)
+
+    @property
+    def first_radius(self) -> float:
+        """As given."""
+        return self.init_eps
+
+    def change(self, iteration: Tensor) -> Tensor:
+        """Always gamma."""
+        return torch.full_like(iteration, self.gamma, dtype=torch.float64)
+
+    def next_radius(self, state: Descent, seen: Seen, gamma: Tensor) -> Tensor:
+        """Shorter after a success, longer after a failure."""
+        return state.radius * torch.where(seen.now, 1 - gamma, 1 + gamma).to(state.radius.dtype)
+
+    def placed(self, problem: Problem, delta: Tensor, radius: Tensor) -> Tensor:
+        """The perturbation is brought to the length of the radius, be it shorter or longer."""
+        delta = geometry.steepest(delta, "l2") * geometry.column(radius, delta)
+        point = super().placed(problem, delta, radius)
+        if self.levels is None:
+            return point
+        low, high = self.box
+        grid = (self.levels - 1) / (high - low)
+        return (low + ((point.to(delta.dtype) - low) * grid).round() / grid).to(point.dtype).clamp(*self.box)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FMN(RadiusDescent):
+    """Fast minimum norm (Pintor et al., NeurIPS 2021) in linf, l2 and l1, by the authors' schedule.
+
+    The radius is a first-order estimate of the distance to the boundary until there is a success; from then on it
+    follows the boundary, 1 - gamma after a success (and never beyond the best), 1 + gamma after a failure; gamma falls
+    to 0.001. Steps are of the l2-normalised gradient in every norm. Each point costs a forward and a backward.
+
+    What we do differently: the estimate is lengthened by gamma, for where the model is linear it is exact, and rounding
+    then decides that no step ever succeeds; the l1 ball is intersected with the box in one exact projection; radii
+    never exceed the `eps` of the problem, where there is one; a zero gradient is replaced by a random direction. The
+    projection only ever shortens.
+
+    Attributes:
+        loss: has to be zero on the boundary, as the margin is: its value is read as a distance.
+    """
+
+    loss: Loss = losses.margin_loss
+
+    @property
+    def first_radius(self) -> float:
+        """Nothing yet."""
+        return 0.0
+
+    def change(self, iteration: Tensor) -> Tensor:
+        """From gamma to 0.001 along half a cosine."""
+        return half_cosine(iteration, self.steps, self.gamma, _LAST_GAMMA)
+
+    def next_radius(self, state: Descent, seen: Seen, gamma: Tensor) -> Tensor:
+        """Shorter after a success, longer after a failure, estimated before the first success."""
+        slope = geometry.norm(seen.gradient, geometry.dual(self.norm)).clamp_min(_TINY)
+        estimate = torch.maximum(seen.distance, state.radius) + seen.value.abs() / slope
+        best = -state.value
+        shorter = torch.minimum(state.radius * (1 - gamma), best)
+        longer = torch.where(state.broken, state.radius, estimate) * (1 + gamma)
+        return torch.where(seen.now, shorter, longer).to(state.radius.dtype)

@@ -1,0 +1,92 @@
+"""MI-FGSM (Dong et al. 2018): gradient ascent that accumulates its directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wideberth import checks, geometry
+from wideberth.attacks.base import Problem, State, input_gradient
+from wideberth.attacks.gradient import PGD, ScaledStep
+from wideberth.geometry import Start
+from wideberth.losses import Loss
+
+_EQUAL_STEPS = ScaledStep(1.0)
+
+
+@dataclass(frozen=True)
+class Moving(State):
+    """What MI-FGSM remembers.
+
+    Attributes:
+        momentum: (B, ...) the decayed sum of the gradients, each of unit l1 norm.
+    """
+
+    momentum: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MIFGSM(PGD):
+    """The momentum iterative method (Dong et al. 2018): steepest steps along the accumulated gradient.
+
+    Gradients count equally, whatever their length: each is scaled to unit l1 norm before it is added. Such directions
+    transfer better to models other than the one attacked. Costs, and what is not listed here, are those of `PGD`.
+
+    The paper defines linf and l2. In l1 a step goes in the one entry where the momentum is largest and there is room.
+
+    Attributes:
+        step_size: eps / steps by default.
+        start: "none" by default.
+        decay: of the momentum from step to step, >= 0; 0 is iterative FGSM.
+    """
+
+    step_size: float | ScaledStep = _EQUAL_STEPS
+    start: Start = "none"
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse hyper-parameters that make no sense (`InputError`)."""
+        super().__post_init__()
+        checks.at_least("decay", self.decay, 0)
+
+    def begin(self, problem: Problem) -> Moving:
+        """Begin as PGD does, without momentum."""
+        point = super().begin(problem).point
+        return Moving.at(problem, point, momentum=torch.zeros_like(point, dtype=problem.eps.dtype))
+
+    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> Moving:
+        """One forward and one input gradient at `state.point`, then one step along the momentum."""
+        assert isinstance(state, Moving)
+        ascended = problem.loss(self.loss if loss is None else loss)
+        logits, value, gradient = input_gradient(model, state.point, ascended, self.draws)
+        seen = self.remember(problem, state, logits, value, cost=2 * self.draws)
+        momentum = self.decay * state.momentum + _unit(gradient.to(problem.eps.dtype))
+        point = self._moved(problem, state.point, momentum)
+        if self.keep == "first_flip":
+            point = torch.where(geometry.column(seen.broken, point), seen.kept, point)
+        return Moving(
+            point, seen.kept, seen.value, seen.broken, seen.survived, seen.iteration, seen.spent, momentum=momentum
+        )
+
+    def _moved(self, problem: Problem, point: Tensor, momentum: Tensor) -> Tensor:
+        """One step from `point` along the momentum, (B, ...)."""
+        direction = momentum
+        if self.norm == "l1":
+            # As in PGD: the one entry that moves must have room.
+            low, high = self.box
+            direction = momentum.masked_fill(torch.where(momentum > 0, point >= high, point <= low), 0)
+        size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
+        stride = geometry.column(geometry.per_sample(size, problem.x), problem.x)
+        base = problem.x.to(momentum.dtype)
+        delta = (point.to(momentum.dtype) - base) + stride * geometry.steepest(direction, self.norm)
+        return geometry.place(problem.x, delta, problem.eps, self.norm, self.box)
+
+
+def _unit(gradient: Tensor) -> Tensor:
+    """The gradient at unit l1 norm; zero where it is zero."""
+    # By the largest entry first: the sum of entries of 1e-40 would have lost its digits, that of 1e38 overflow.
+    scale = geometry.norm(gradient, "linf")
+    scaled = gradient / geometry.column(torch.where(scale > 0, scale, 1), gradient)
+    return scaled / geometry.column(geometry.norm(scaled, "l1").clamp_min(1), gradient)

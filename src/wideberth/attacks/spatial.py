@@ -1,0 +1,268 @@
+"""Attacks that move pixels instead of changing them: rotation and translation, and a flow that bends the image."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wideberth import checks, geometry, losses
+from wideberth.attacks.base import Attack, Problem, State, input_gradient
+from wideberth.attacks.gradient import ScaledStep
+from wideberth.attacks.noise import seen
+from wideberth.checks import Box, InputError
+from wideberth.geometry import Start
+from wideberth.losses import Loss
+
+_SMOOTH = 1e-8
+"""Under the root of the roughness, which would have no derivative where the flow is constant."""
+
+
+def images_only(attack: Attack, x: Tensor) -> None:
+    """Refuse inputs that are not images (B, C, H, W) (`InputError`)."""
+    if x.dim() != 4:
+        raise InputError(f"x of shape {tuple(x.shape)}: {type(attack).__name__} is defined on images, (B, C, H, W)")
+
+
+def sampled(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The image between its pixels, (B, C, H, W), bilinearly; differentiable in the positions.
+
+    Args:
+        image: (B, C, H, W).
+        rows: (B, H, W) positions in pixels, in [0, H - 1].
+        columns: (B, H, W), likewise in [0, W - 1].
+
+    Unlike `grid_sample`, this has a derivative on the image's edge too: there, of the only way that is open.
+    """
+    height, width = image.shape[2:]
+    top, left = (
+        at.detach().floor().clamp_max(side - 2).clamp_min(0) for at, side in ((rows, height), (columns, width))
+    )
+    down, across = (rows - top)[:, None], (columns - left)[:, None]
+    flat, corner = image.flatten(2), (top * width + left).long()
+    next_row, next_column = min(1, height - 1) * width, min(1, width - 1)
+
+    def pixels(offset: int) -> Tensor:
+        where = (corner + offset).flatten(1)[:, None].expand(-1, image.shape[1], -1)
+        return flat.gather(2, where).view_as(image)
+
+    upper = torch.lerp(pixels(0), pixels(next_column), across)
+    lower = torch.lerp(pixels(next_row), pixels(next_row + next_column), across)
+    return torch.lerp(upper, lower, down)
+
+
+def _pixels(image: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows (1, H, 1) and columns (1, 1, W) of the pixels."""
+    height, width = image.shape[2:]
+    rows, columns = (torch.arange(side, dtype=dtype, device=image.device) for side in (height, width))
+    return rows[None, :, None], columns[None, None, :]
+
+
+def _moved(x: Tensor, found: Tensor, eps: Tensor, box: Box) -> Tensor:
+    """What was found, in the box and dtype of x, and x itself where the radius is zero."""
+    return torch.where(geometry.column(eps > 0, x), found.to(x.dtype).clamp(*box), x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spatial(Attack):
+    """Rotation and translation (Engstrom et al. 2019): the worst of a grid or of random draws, one forward each.
+
+    eps scales the limits: 1 means rotations by up to `rotation` degrees and translations by up to `translation` pixels
+    in either direction, 0.5 half of each, and 0 returns the input bit for bit. It is not the radius of a norm ball, and
+    `norm` has no effect. Defined on images (B, C, H, W) and a finite box, whose low face is what comes into view from
+    outside. Sampling is bilinear, about the image's centre.
+
+    Among the transforms tried, the one of highest loss that is misclassified is returned, or else the one of highest
+    loss. The defaults are the paper's for 32 x 32 images (its "worst of 10"; `search="grid"` is its exhaustive search).
+
+    What we do differently: each row draws transforms of its own, so that a result does not depend on the batch.
+
+    Attributes:
+        rotation: degrees at eps = 1, >= 0.
+        translation: pixels at eps = 1, >= 0, along each axis.
+        search: "random" tries `tries` transforms drawn uniformly within the limits; "grid" tries all of the `grid`.
+        tries: transforms per run of "random", >= 1.
+        grid: evenly spaced values per limit, first vertical, then horizontal translation, then rotation, each >= 1; an
+            odd number includes zero, and 1 is zero alone.
+        loss: what ranks them; (logits, y) -> (B,).
+    """
+
+    rotation: float = 30.0
+    translation: float = 3.0
+    search: Literal["random", "grid"] = "random"
+    tries: int = 10
+    grid: tuple[int, int, int] = (5, 5, 31)
+    loss: Loss = losses.cross_entropy
+
+    needs_gradient: ClassVar[bool] = False
+    ball: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse hyper-parameters that make no sense (`InputError`)."""
+        super().__post_init__()
+        checks.at_least("rotation", self.rotation, 0)
+        checks.at_least("translation", self.translation, 0)
+        checks.choice("search", self.search, ("random", "grid"))
+        checks.at_least("tries", self.tries, 1)
+        if len(self.grid) != 3 or min(self.grid) < 1:
+            raise InputError(f"grid={self.grid}: must be three counts, each at least 1")
+        if not all(map(math.isfinite, self.box)):
+            raise InputError(f"box={self.box}: must be finite, its low face is what comes into view from outside")
+
+    @property
+    def rounds(self) -> int:
+        """As many as there are transforms to try."""
+        return self.tries if self.search == "random" else math.prod(self.grid)
+
+    def begin(self, problem: Problem) -> State:
+        """Begin at the first transform.
+
+        Raises:
+            InputError: for inputs that are not images.
+        """
+        images_only(self, problem.x)
+        return State.at(problem, self._transformed(problem, torch.zeros_like(problem.y)))
+
+    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+        """One forward at `state.point`, then the next transform."""
+        with torch.no_grad():
+            logits = model(state.point)
+            value = problem.loss(self.loss if loss is None else loss)(logits)
+        state = seen(problem, state, logits, value, cost=1)
+        return replace(state, point=self._transformed(problem, state.iteration))
+
+    def _shares(self, problem: Problem, iteration: Tensor) -> Tensor:
+        """The transforms of an iteration in units of the limits, (B, 3) in [-1, 1]."""
+        dtype = problem.eps.dtype
+        if self.search == "random":
+            return 2 * problem.noise.fold("spatial").then(iteration).uniform((3,), dtype) - 1
+        # The last axis of the grid runs fastest: how many transforms one move along each axis is away.
+        counts = torch.tensor(self.grid, device=iteration.device)
+        apart = torch.tensor([math.prod(self.grid[axis + 1 :]) for axis in range(3)], device=iteration.device)
+        place = iteration[:, None] // apart % counts
+        return (2 * place - (counts - 1)).to(dtype) / (counts - 1).clamp_min(1)
+
+    def _transformed(self, problem: Problem, iteration: Tensor) -> Tensor:
+        x, eps = problem.x, problem.eps
+        limits = eps.new_tensor([self.translation, self.translation, math.radians(self.rotation)])
+        down, across, angle = (self._shares(problem, iteration) * limits * eps[:, None])[:, :, None, None].unbind(1)
+        rows, columns = _pixels(x, eps.dtype)
+        middle_row, middle_column = (x.shape[2] - 1) / 2, (x.shape[3] - 1) / 2
+        # A pixel shows what was where undoing the translation, then the rotation, leads.
+        rows, columns = rows - middle_row - down, columns - middle_column - across
+        source_rows = middle_row + angle.cos() * rows + angle.sin() * columns
+        source_columns = middle_column - angle.sin() * rows + angle.cos() * columns
+        height, width, low = x.shape[2], x.shape[3], self.box[0]
+        where = torch.stack([(2 * source_columns + 1) / width - 1, (2 * source_rows + 1) / height - 1], dim=3)
+        found = low + F.grid_sample(x.to(eps.dtype) - low, where, padding_mode="zeros", align_corners=False)
+        return _moved(x, found, eps, self.box)
+
+
+@dataclass(frozen=True)
+class Flowing(State):
+    """What a flow attack remembers.
+
+    Attributes:
+        flow: (B, 2, H, W) displacements in pixels, rows first, that lead to `point`.
+    """
+
+    flow: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow(Attack):
+    """A smooth flow of the pixels (stAdv; Xiao et al. 2018), by projected gradient steps on the flow.
+
+    Each pixel shows what the input has at a place of its own nearby, up to eps pixels away along each axis: eps is the
+    largest absolute entry of the flow, in pixels, and eps = 0 returns the input bit for bit. It is not the radius of a
+    norm ball around x, and `norm` has no effect. Defined on images (B, C, H, W), which the flow does not leave.
+
+    The steps ascend loss - `tau` * roughness, where the roughness is the sum of ||flow(p) - flow(q)||_2 over all pairs
+    of pixels p, q next to each other in a row or column. Among the flows met, the one of highest loss that is
+    misclassified is returned, or else the one of highest loss.
+
+    What we do differently: the paper minimises roughness and margin together by L-BFGS, without a limit; here the flow
+    is bounded, so that eps says how far pixels may move, and steps go along the sign of the gradient.
+
+    Attributes:
+        steps: how many, >= 1; a run takes one more forward and input gradient to see where the last one led.
+        step_size: in pixels, or a `ScaledStep` that follows eps.
+        start: "none" (no flow), "uniform" (each entry in [-eps, eps]) or "gaussian" (0.001 * N(0, 1) pixels).
+        tau: how much the roughness counts, >= 0; 0 leaves every pixel on its own.
+        loss: what is ascended; (logits, y) -> (B,).
+    """
+
+    steps: int = 20
+    step_size: float | ScaledStep = field(default=ScaledStep())
+    start: Start = "none"
+    tau: float = 0.05
+    loss: Loss = losses.margin_loss
+
+    ball: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse hyper-parameters that make no sense (`InputError`)."""
+        super().__post_init__()
+        checks.at_least("steps", self.steps, 1)
+        checks.at_least("tau", self.tau, 0)
+        checks.choice("start", self.start, ("uniform", "gaussian", "none"))
+        if isinstance(self.step_size, int | float):
+            checks.at_least("step_size", self.step_size, 0)
+
+    @property
+    def rounds(self) -> int:
+        """The steps, and a look at where they led."""
+        return self.steps + 1
+
+    def begin(self, problem: Problem) -> State:
+        """Begin without flow, or at a random one.
+
+        Raises:
+            InputError: for inputs that are not images.
+        """
+        images_only(self, problem.x)
+        x, eps = problem.x, problem.eps
+        still = eps.new_zeros(len(x), 2, *x.shape[2:])
+        flow = geometry.random_start(still, eps, "linf", self.start, problem.noise.fold("flow"))
+        flow = self._inside(problem, flow)
+        return Flowing.at(problem, self._flown(problem, flow), flow=flow)
+
+    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+        """One forward and one input gradient at `state.point`, then one step of the flow."""
+        assert isinstance(state, Flowing)
+        ascended = problem.loss(self.loss if loss is None else loss)
+        logits, value, gradient = input_gradient(model, state.point, ascended)
+        flow = state.flow.detach().requires_grad_()
+        with torch.enable_grad():
+            # The image's own gradient, led on to the flow that made it: no further pass of the model.
+            reached = (gradient * self._sampled(problem, flow)).sum() - self.tau * roughness(flow).sum()
+            (uphill,) = torch.autograd.grad(reached, flow)
+        size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
+        stride = geometry.column(geometry.per_sample(size, flow), flow)
+        moved = state.flow + stride * geometry.steepest(uphill.nan_to_num(nan=0.0), "linf")
+        moved = self._inside(problem, geometry.project(moved, problem.eps, "linf"))
+        state = seen(problem, state, logits, value, cost=2)
+        return replace(state, point=self._flown(problem, moved), flow=moved)
+
+    def _inside(self, problem: Problem, flow: Tensor) -> Tensor:
+        """The nearest flow that does not leave the image."""
+        rows, columns = _pixels(problem.x, flow.dtype)
+        down, across = flow.unbind(1)
+        return torch.stack([down.clamp(-rows, rows.flip(1)), across.clamp(-columns, columns.flip(2))], dim=1)
+
+    def _sampled(self, problem: Problem, flow: Tensor) -> Tensor:
+        rows, columns = _pixels(problem.x, flow.dtype)
+        return sampled(problem.x.to(flow.dtype), rows + flow[:, 0], columns + flow[:, 1])
+
+    def _flown(self, problem: Problem, flow: Tensor) -> Tensor:
+        return _moved(problem.x, self._sampled(problem, flow), problem.eps, self.box)
+
+
+def roughness(flow: Tensor) -> Tensor:
+    """How much a flow (B, 2, H, W) differs between neighbours: the sum of ||flow(p) - flow(q)||_2 over all, (B,)."""
+    pairs = flow.diff(dim=2).flatten(2), flow.diff(dim=3).flatten(2)
+    return (torch.cat(pairs, dim=2).square().sum(1) + _SMOOTH).sqrt().sum(1)
