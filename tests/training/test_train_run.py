@@ -205,6 +205,8 @@ def test_config_names_every_argument(tmp_path: Path) -> None:
         "step_size": 0.25,
         "start": "uniform",
         "restarts": 1,
+        "targets": 0,
+        "draws": 1,
         "loss": "wideberth.losses.cross_entropy",
         "keep": "last",
     }

@@ -76,8 +76,9 @@ class CarliniWagner(Attack):
     What we do differently:
 
     - A search that makes no progress over a tenth of its steps goes on with a tenth of its learning rate, `cuts` times,
-      before it is given up; at a fixed rate Adam keeps crossing the boundary. On linear models this brings the distance
-      from 0.5 % to 0.01 % of the exact one, in 2.5 times the points; `cuts=0` is the authors' early abort, row by row.
+      before it is given up; at a fixed rate Adam keeps crossing the boundary. `cuts=0` is the authors' early abort, row
+      by row: at worst 1.4 % too far on the linear models we tried, against 0.03 % with `cuts=2`, which takes some 2.5
+      times the points. On small trained nets the medians of all differ by less than 0.1 %.
     - A search succeeds where its last tenth does: Adam's first strides cross boundaries that its c would not hold at,
       and the bisection would then stay below the smallest c that works (25 % too far where a stride is longer than
       the distance).
