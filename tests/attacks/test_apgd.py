@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -152,29 +153,59 @@ def test_a_halved_row_goes_back_to_its_best_point_and_the_gradient_there() -> No
     torch.testing.assert_close(after.point[0], expected)
 
 
+def slopes(eps: Tensor) -> tuple[nn.Module, Problem]:
+    """Ten slopes, the last the steepest, and one row at zero for each radius; far from a mistake."""
+    x = torch.zeros(len(eps), 10, dtype=eps.dtype)
+    steep = torch.linspace(1, 2, 10, dtype=eps.dtype)
+    model = linear(torch.stack([steep * 0, steep]), torch.tensor([100.0, 0.0]))
+    return model, problem_of(x, torch.zeros(len(eps), dtype=torch.int64), eps)
+
+
 def test_l1_follows_the_sparsity_of_the_best_point() -> None:
-    """Ten slopes: a fifth of the entries moves at first, then two thirds of those that the best point moved."""
-    x = torch.full((1, 10), 0.5, dtype=torch.float64)
-    slopes = torch.linspace(1, 2, 10, dtype=torch.float64)
-    model = linear(torch.stack([slopes * 0, slopes]), torch.tensor([100.0, 0.0]))
-    problem = problem_of(x, torch.tensor([0]), 0.3)
+    """A fifth of the entries moves at first, then two thirds of those that the best point moved."""
+    model, problem = slopes(torch.tensor([0.3], dtype=torch.float64))
     attack = APGD(norm="l1", steps=100)
     state = attack.begin(problem)
     assert state.active.tolist() == [2]
     for iteration in range(101):
         old, state = state, attack.step(model, problem, state)
         if iteration in l1_checkpoints(100):
-            support = int((state.best != x).sum())
+            support = int(((state.best - problem.x).abs() > 1e-9).sum())
             sparser = support < 0.95 * int(old.support)
             assert state.support.tolist() == [support]
-            assert state.active.tolist() == [1 if support == 2 else math.ceil(2 * support / 3)]
+            stuck = support == old.active.item() == 2
+            assert state.active.tolist() == [1 if stuck else math.ceil(2 * support / 3)]
             expected = 1.0 if sparser else max(float(old.size) / 1.5, 0.1)
             assert state.size.item() == pytest.approx(expected)
             if sparser:
                 assert torch.equal(state.previous, state.best)
         else:
             assert torch.equal(state.size, old.size)
+            assert torch.equal(state.active, old.active)
     assert (int(state.support), state.size.item()) == (1, pytest.approx(0.1))
+
+
+def test_l1_entries_that_came_back_but_for_rounding_do_not_count() -> None:
+    """Of ten entries three were moved, and of seven a projection left 1e-8 in float32."""
+    model, problem = slopes(torch.tensor([0.3]))
+    attack = APGD(norm="l1", steps=30)
+    best = torch.tensor([[0.1] * 3 + [1e-8] * 7])
+    begun = attack.step(model, problem, attack.begin(problem))
+    state = attack.step(model, problem, replace(begun, best=best, best_value=torch.tensor([math.inf])))
+    assert state.iteration.tolist() == [2]  # the first checkpoint is behind it
+    assert (state.support.tolist(), state.active.tolist()) == ([3], [2])
+
+
+def test_l1_where_two_are_left_one_moves_every_other_time() -> None:
+    model, problem = slopes(torch.tensor([0.3]))
+    attack = APGD(norm="l1", steps=30)
+    best = torch.tensor([[0.1, 0.1] + [0.0] * 8])
+    state, active = attack.step(model, problem, attack.begin(problem)), []
+    for _ in range(4):
+        still = replace(state, best=best, best_value=torch.tensor([math.inf]))
+        state = attack.step(model, problem, still)
+        active += state.active.tolist()
+    assert active == [1, 2, 1, 2]
 
 
 # ---- what is found --------------------------------------------------------------------------------------------------
@@ -186,8 +217,8 @@ def wave(*shape: int, pace: float) -> Tensor:
 
 
 def wavy(x: Tensor) -> Tensor:
-    """Five logits of twelve entries."""
-    return 2 * torch.tanh(2 * (x - 0.5) @ wave(16, 12, pace=1.7).T) @ wave(5, 16, pace=2.3).T
+    """Five logits of any number of entries."""
+    return 2 * torch.tanh(2 * (x - 0.5) @ wave(16, x.shape[1], pace=1.7).T) @ wave(5, 16, pace=2.3).T
 
 
 class Wavy(nn.Module):
@@ -195,38 +226,116 @@ class Wavy(nn.Module):
         return wavy(x)
 
 
-PUBLISHED: list[tuple[Norm, Loss, bool, list[float]]] = [
-    ("linf", losses.cross_entropy, False, [1.5543607009, 1.0094590223, 1.5984999247, 1.3009693797]),
-    ("linf", losses.dlr_loss, False, [0.5000675638, -0.4689147487, 1.0, 0.1027400685]),
-    ("l2", losses.cross_entropy, False, [1.6937276018, 1.1938508107, 1.8218581838, 1.4515969345]),
-    ("l2", losses.dlr_loss, False, [1.0, -0.2906651637, 1.0, 0.1937404668]),
+def wavy_problem(entries: int, eps: float, aimed: bool) -> Problem:
+    """Four rows at a fixed place; `aimed` at the second likeliest class."""
+    x = 0.5 + 0.5 * wave(4, entries, pace=0.9)
+    y = wavy(x).argmax(1)
+    return problem_of(x, y, eps, losses.likeliest(wavy(x), y)[:, 1] if aimed else None)
+
+
+def from_start(attack: APGD, problem: Problem) -> list[Ascent]:
+    """The states of a run from a point on the boundary that is known to the last digit."""
+    order = {"linf": math.inf, "l2": 2, "l1": 1}[attack.norm]
+    direction = wave(*problem.x.shape, pace=3.1)
+    radius = (3 if attack.large_eps else 1) * problem.eps[:, None]
+    start = (problem.x + radius * direction / direction.norm(p=order, dim=1, keepdim=True)).clamp(0, 1)
+    states = [replace(attack.begin(problem), point=start, previous=start)]
+    for _ in range(attack.rounds):
+        states.append(attack.step(Wavy(), problem, states[-1]))
+    return states
+
+
+PUBLISHED: list[tuple[Norm, Loss, bool, bool, list[float]]] = [
+    ("linf", losses.cross_entropy, False, False, [1.5543607009, 1.0094590223, 1.5984999247, 1.3009693797]),
+    ("linf", losses.dlr_loss, False, False, [0.5000675638, -0.4689147487, 1.0, 0.1027400685]),
+    ("l2", losses.cross_entropy, False, False, [1.6937276018, 1.1938508107, 1.8218581838, 1.4515969345]),
+    ("l2", losses.dlr_loss, False, False, [1.0, -0.2906651637, 1.0, 0.1937404668]),
+    ("l1", losses.cross_entropy, False, False, [3.7807999261, 4.2057207404, 3.1011561589, 3.6617232719]),
+    ("l1", losses.cross_entropy, False, True, [3.7720911299, 4.1746057082, 2.7527941614, 3.5371915707]),
+    ("l1", losses.dlr_loss, True, False, [0.5727154928, 1.2411459514, 2.2291242193, -0.0137680754]),
+    ("l1", losses.dlr_loss, True, True, [-0.3266101222, 1.2343919693, 0.9322347526, 0.849722346]),
 ]
 RADIUS: dict[Norm, float] = {"linf": 0.05, "l2": 0.2, "l1": 2.0}
 
 
-def from_start(attack: APGD, problem: Problem, steps_at: float = 1) -> Ascent:
-    """A run from a point on the boundary that is known to the last digit."""
-    order = {"linf": math.inf, "l2": 2, "l1": 1}[attack.norm]
-    direction = wave(4, 12, pace=3.1)
-    radius = steps_at * problem.eps[:, None]
-    start = (problem.x + radius * direction / direction.norm(p=order, dim=1, keepdim=True)).clamp(0, 1)
-    state = replace(attack.begin(problem), point=start, previous=start)
-    for _ in range(attack.rounds):
-        state = attack.step(Wavy(), problem, state)
-    return state
-
-
-@pytest.mark.parametrize(("norm", "loss", "aimed", "expected"), PUBLISHED)
+@pytest.mark.parametrize(("norm", "loss", "aimed", "large_eps", "expected"), PUBLISHED)
 def test_twenty_steps_reach_what_the_published_code_reaches(
-    norm: Norm, loss: Loss, aimed: bool, expected: list[float]
+    norm: Norm, loss: Loss, aimed: bool, large_eps: bool, expected: list[float]
 ) -> None:
-    """Best losses of the authors' implementation, run in float64 from the same start."""
-    x = 0.5 + 0.5 * wave(4, 12, pace=0.9)
-    y = wavy(x).argmax(1)
-    target = losses.likeliest(wavy(x), y)[:, 1] if aimed else None
-    problem = problem_of(x, y, RADIUS[norm], target)
-    state = from_start(APGD(norm=norm, steps=20, loss=loss), problem)
+    """Best losses of the authors' implementation, run in float64 (its projection too) from the same start."""
+    attack = APGD(norm=norm, steps=20, loss=loss, large_eps=large_eps)
+    state = from_start(attack, wavy_problem(12, RADIUS[norm], aimed))[-1]
     torch.testing.assert_close(state.best_value, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def nearest(x: Tensor, delta: Tensor, eps: float) -> Tensor:
+    """The point of l1 ball and box nearest to x + delta, (d,): shrink all entries alike, found by bisection."""
+    size, room = delta.abs(), torch.where(delta > 0, 1 - x, x)
+    low, high = 0.0, float(size.max())
+    for _ in range(100):
+        middle = (low + high) / 2
+        fits = torch.minimum((size - middle).clamp_min(0), room).sum() <= eps
+        low, high = (low, middle) if fits else (middle, high)
+    return x + delta.sign() * torch.minimum((size - high).clamp_min(0), room)
+
+
+def l1_search(
+    ask: Callable[[Tensor], tuple[float, Tensor]], x: Tensor, start: Tensor, eps: float, steps: int, fresh: bool
+) -> tuple[list[Tensor], Tensor]:
+    """The points that one search of the paper asks about, and the best of them; one row, (d,)."""
+
+    def perturbed(point: Tensor) -> int:
+        return int(((point - x).abs() > 1e-9).sum())
+
+    point, points, size = start, [start], eps
+    value, gradient = ask(point)
+    best, top, best_gradient = point, value, gradient
+    support = len(x) if fresh else perturbed(point)
+    count = math.ceil(len(x) / 5) if fresh else math.ceil(2 * support / 3)
+    for done in range(1, steps + 1):
+        least = gradient.abs().sort(descending=True).values[count - 1]
+        signs = gradient.sign() * (gradient.abs() >= least)
+        point = nearest(x, point - x + size * signs / signs.abs().sum(), eps)
+        points.append(point)
+        value, gradient = ask(point)
+        if value > top:
+            best, top, best_gradient = point, value, gradient
+        if done % max(4 * steps // 100, 1):
+            continue
+        before, support = support, perturbed(best)
+        assert support > 2, "two is where we do otherwise"
+        count = math.ceil(2 * support / 3)
+        if support < 0.95 * before:
+            point, gradient, size = best, best_gradient, eps
+        else:
+            size = max(size / 1.5, eps / 10)
+    return points, best
+
+
+@pytest.mark.parametrize("large_eps", [False, True])
+@pytest.mark.parametrize("aimed", [False, True])
+def test_l1_asks_about_the_points_of_the_paper(aimed: bool, large_eps: bool) -> None:
+    """Step by step, each row by itself."""
+    problem = wavy_problem(48, 2.0, aimed)
+    loss = losses.dlr_loss if aimed else losses.cross_entropy
+    states = from_start(APGD(norm="l1", steps=50, loss=loss, large_eps=large_eps), problem)
+    for row in range(4):
+        alone = problem.rows(torch.tensor([row]))
+        ascended = alone.loss(loss)
+
+        def ask(point: Tensor, ascended: Callable[[Tensor], Tensor] = ascended) -> tuple[float, Tensor]:
+            asked = point[None].requires_grad_()
+            value = ascended(wavy(asked))
+            return value.item(), torch.autograd.grad(value.sum(), asked)[0][0]
+
+        x, best, points = alone.x[0], states[0].point[row], list[Tensor]()
+        for factor, steps in [(3, 15), (2, 15), (1, 20)] if large_eps else [(1, 50)]:
+            start = nearest(x, best - x, 2.0 * factor)
+            asked, best = l1_search(ask, x, start, 2.0 * factor, steps, fresh=not large_eps)
+            points += asked
+        ours = torch.stack([state.point[row] for state in states[:-1]])
+        torch.testing.assert_close(ours, torch.stack(points), rtol=0, atol=1e-9)
+        torch.testing.assert_close(states[-1].best[row], best, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("norm", "large_eps"), [("linf", False), ("l2", False), ("l1", False), ("l1", True)])

@@ -19,6 +19,8 @@ _FIRST_ACTIVE = 5
 """l1: one in so many entries moves, until the first check."""
 _SPARSER = 0.95
 """l1: an optimum with less than this share of the entries that it had is worth another start with full steps."""
+_ROUNDING = 1e-6
+"""l1: an entry that is no further from the input, in units of the radius, came back to it but for rounding."""
 _SHORTER, _SHORTEST = 1.5, 0.1
 """l1: what a step is divided by at any other check, and the least it may be, in units of the radius."""
 
@@ -69,10 +71,10 @@ class APGD(Attack):
 
     What we do differently: the authors' code returns the last misclassified point of a run, and the input where there
     is none. At the first checkpoint it asks whether the first loss is positive; we ask whether it rose, as the paper
-    does. In l1, its entries that come back to the input do so up to rounding, and still count as perturbed; ours come
-    back exactly. Where two perturbed entries are left, it goes on with both, and may get stuck; we go on with one. With
-    `large_eps`, a mistake within eps also counts while the radius is larger. With several `draws`, the loss is their
-    mean, not the last.
+    does. In l1, its entries that come back to the input but for rounding still count as perturbed, and rounding may let
+    one entry more move; ours do not. Where two perturbed entries are left, it goes on with both, and may get stuck; we
+    go on with one of them every other time. But for that, the points in l1 are the same. With `large_eps`, a mistake
+    within eps also counts while the radius is larger. With several `draws`, the loss is their mean, not the last.
 
     Attributes:
         steps: how many, >= 1.
@@ -206,22 +208,24 @@ class APGD(Attack):
         """l1: at checkpoints follow the sparsity of the best point; rows that became sparser restart, (B,) bool."""
         if self.large_eps:
             # Each radius is a search of its own, from where the one before has led.
-            support = _support(state.point, problem.x)
+            support = _support(state.point, problem)
             state = replace(
                 state,
                 size=torch.where(plan.opening, 1, state.size),
                 support=torch.where(plan.opening, support, state.support),
-                active=torch.where(plan.opening, _next_active(support), state.active),
+                active=torch.where(plan.opening, _two_thirds(support), state.active),
             )
         due = plan.interval > 0
-        support = _support(state.best, problem.x)
+        support = _support(state.best, problem)
+        # Equal steps in two entries may keep two for ever where one is best: every other time, one moves alone.
+        active = torch.where((support == 2) & (state.active == 2), 1, _two_thirds(support))
         sparser = due & (support < _SPARSER * state.support)
         size = torch.where(sparser, 1, (state.size / _SHORTER).clamp_min(_SHORTEST))
         state = replace(
             state,
             size=torch.where(due, size, state.size),
             support=torch.where(due, support, state.support),
-            active=torch.where(due, _next_active(support), state.active),
+            active=torch.where(due, active, state.active),
         )
         return state, sparser
 
@@ -243,16 +247,15 @@ class APGD(Attack):
         return geometry.place(x, (here - base) + move, problem.eps, self.norm, self.box)
 
 
-def _support(point: Tensor, x: Tensor) -> Tensor:
-    """(B,) int64, in how many entries a point differs from the input."""
-    return (point != x).flatten(1).sum(1)
+def _support(point: Tensor, problem: Problem) -> Tensor:
+    """(B,) int64, in how many entries a point differs from the input by more than rounding."""
+    away = (point.to(problem.eps.dtype) - problem.x).abs()
+    return (away > geometry.column(_ROUNDING * problem.eps, point)).flatten(1).sum(1)
 
 
-def _next_active(support: Tensor) -> Tensor:
-    """(B,) int64, two thirds of the support: the next optimum is sought among fewer entries."""
-    share = -torch.div(-2 * support, 3, rounding_mode="floor")
-    # Rounded up, two would stay two for ever, and equal steps in both of them never leave the larger one alone.
-    return torch.where(support == 2, 1, share)
+def _two_thirds(support: Tensor) -> Tensor:
+    """(B,) int64, two thirds of the support, rounded up: the next optimum is sought among fewer entries."""
+    return -torch.div(-2 * support, 3, rounding_mode="floor")
 
 
 def _sparse(gradient: Tensor, active: Tensor) -> Tensor:
