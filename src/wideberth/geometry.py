@@ -140,6 +140,12 @@ def place(x: Tensor, delta: Tensor, eps: Tensor, p: Norm, box: Box) -> Tensor:
     return inward(x, delta).clamp(*box)
 
 
+def faces(x: Tensor, eps: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest point of linf ball and box, dtype of x: what lies between them lies in both."""
+    radius = column(eps, x).expand_as(x)
+    return place(x, -radius, eps, "linf", box), place(x, radius, eps, "linf", box)
+
+
 def random_start(x: Tensor, eps: Tensor, p: Norm, start: Start, noise: Noise) -> Tensor:
     """A random perturbation to begin from, shape of x in at least float32, inside the eps-ball.
 

@@ -167,7 +167,7 @@ def test_a_schedule_that_refills_finds_the_same(options: dict[str, int]) -> None
         if left is not None:
             better = left.state.value > best[left.rows]
             kept[left.rows[better]], best[left.rows[better]] = left.state.kept[better], left.state.value[better]
-            order.again(left.rows)
+            order.judged(left, torch.ones_like(left.rows) > 0)
     assert whole.success is not None
     assert whole.success.all()
     torch.testing.assert_close(kept, whole.x, rtol=0, atol=1e-9)

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from wideberth import losses
 from wideberth.attacks import PGD, PMA, Attack, Stage
+from wideberth.attacks.base import Problem
+from wideberth.attacks.schedule import Schedule
 from wideberth.checks import InputError
 from wideberth.evaluation import evaluate
+from wideberth.randomness import Noise
 
 EPS = 0.12
 LINE_UP: dict[str, Attack | Stage] = {
@@ -179,3 +182,21 @@ def test_two_processes_reach_the_same_verdict(whole: pd.DataFrame, tmp_path: Pat
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.strip().splitlines()[-1]) == 2
     assert_frame_equal(pd.read_parquet(out), whole, rtol=1e-9, check_dtype=False)
+
+
+def test_success_that_the_judge_does_not_confirm_ends_no_run() -> None:
+    """A search that took for success what is none goes on where it was, and in the end reports all that it spent."""
+    model, x, y = problem(6)
+    y = model(x).argmax(1)
+    attack = PGD(steps=8, step_size=0.05, keep="worst", start="none", loss=losses.margin_loss)
+    eps = torch.full((6,), 0.5, dtype=torch.float64)
+    schedule = Schedule(model, attack, Problem(x, y, eps, Noise(torch.arange(6))), runs=1, batch_size=4)
+    spent, leaves = torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)
+    while schedule.busy:
+        left = schedule.step()
+        if left is not None:
+            spent[left.rows] += left.state.spent
+            leaves[left.rows] += 1
+            schedule.judged(left, torch.ones_like(left.rows) > 0)
+    assert leaves.max() > 3, "some succeed early, and again after every refusal"
+    assert (spent == 2 * attack.rounds).all(), "a forward and a gradient a step, each counted once"

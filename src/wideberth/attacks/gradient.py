@@ -28,6 +28,19 @@ class ScaledStep:
         return (self.ratio * eps / steps).clamp_min(self.floor)
 
 
+@dataclass(frozen=True)
+class Climb(State):
+    """Where a run of PGD stands.
+
+    Attributes:
+        low: (B, ...) in linf the least point of ball and box; None in the other norms.
+        high: (B, ...) the greatest.
+    """
+
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class PGD(Attack):
     """Projected gradient ascent (Madry et al. 2018) with a radius, a step and a random start per sample.
@@ -79,7 +92,11 @@ class PGD(Attack):
     def begin(self, problem: Problem) -> State:
         """Begin at the clean inputs or at a random point near them."""
         delta = geometry.random_start(problem.x, problem.eps, self.norm, self.start, problem.noise)
-        return State.at(problem, geometry.place(problem.x, delta, problem.eps, self.norm, self.box))
+        point = geometry.place(problem.x, delta, problem.eps, self.norm, self.box)
+        if self.norm != "linf":
+            return Climb.at(problem, point)
+        low, high = geometry.faces(problem.x, problem.eps, self.box)
+        return Climb.at(problem, point, low=low, high=high)
 
     def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
         """One forward and one input gradient at `state.point`, then one step uphill."""
@@ -93,8 +110,13 @@ class PGD(Attack):
             gradient = gradient.masked_fill(stuck, 0)
         size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
         stride = geometry.column(geometry.per_sample(size, problem.x), problem.x)
-        delta = (state.point - problem.x) + stride * geometry.steepest(gradient, self.norm)
-        point = geometry.place(problem.x, delta, problem.eps, self.norm, self.box)
+        move = stride * geometry.steepest(gradient, self.norm)
+        if isinstance(state, Climb) and state.low is not None:
+            # Between the faces is inside ball and box: a clamp places the point, at a fifth of the cost.
+            point = (state.point + move).to(state.point.dtype).clamp(state.low, state.high)
+        else:
+            delta = (state.point - problem.x) + move
+            point = geometry.place(problem.x, delta, problem.eps, self.norm, self.box)
         if self.keep == "first_flip":
             point = torch.where(geometry.column(state.broken, point), state.kept, point)
         return replace(state, point=point)
@@ -103,11 +125,19 @@ class PGD(Attack):
         """Take account of what a forward at `state.point` said."""
         if self.keep == "worst":
             return state.after(problem, logits, value, cost)
-        after, now = state.after(problem, logits, value, cost), problem.achieved(logits)
-        first = self.keep == "first_flip"
-        better = ~state.broken if first else torch.ones_like(now)
-        kept = torch.where(geometry.column(better, state.point), state.point, state.kept)
-        return replace(after, kept=kept, broken=after.broken if first else now)
+        if self.keep == "first_flip":
+            kept = torch.where(geometry.column(state.broken, state.kept), state.kept, state.point)
+            return replace(state.after(problem, logits, value, cost), kept=kept)
+        now = problem.achieved(logits)
+        return replace(
+            state,
+            kept=state.point,
+            value=value.to(state.value.dtype),
+            broken=now,
+            survived=state.survived + (~now & (state.survived == state.iteration)),
+            iteration=state.iteration + 1,
+            spent=state.spent + cost,
+        )
 
     def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
         """k steps cost k forwards and k input gradients; the last look, where it is wanted, one forward more."""

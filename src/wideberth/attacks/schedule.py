@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,18 @@ REFILL = 8
 
 @dataclass(frozen=True)
 class Left:
-    """Runs that have ended.
+    """Runs that have ended, or seem to have succeeded.
 
     Attributes:
         rows: (n,) int64, which samples.
         run: (n,) int64, which of `Attack.runs`.
+        part: what they were attacking.
         state: their last state.
     """
 
     rows: Tensor
     run: Tensor
+    part: Problem
     state: State
 
 
@@ -43,7 +45,7 @@ class Schedule:
     """The runs of one attack on many samples.
 
     Args:
-        model: borrowed already; asked on its own device.
+        model: asked on its own device; borrowed already, or a copy that nobody else uses.
         attack: what is run.
         problem: all N samples, on any device; parts of it are moved to the model's.
         runs: how many runs a sample is due.
@@ -95,12 +97,27 @@ class Schedule:
             return None
         gone = over.cpu()
         rows = self.rows[gone]
-        left = Left(rows, self.run[rows], self.state.rows(over))
+        left = Left(rows, self.run[rows], self.part.rows(over), self.state.rows(over))
         self.rows, self.part, self.state = self.rows[~gone], self.part.rows(~over), self.state.rows(~over)
         return left
 
-    def again(self, rows: Tensor) -> None:
-        """These samples (n,) have been left unbroken: their next run, if there is one, joins the queue."""
+    def judged(self, left: Left, held: Tensor) -> None:
+        """What a judge made of runs that left: samples that are not `held` (n,) bool are broken, and done with.
+
+        The others go on: with the same run if that has not ended (a search that asks a copy of the model, or in lower
+        precision, may take for success what is none), else with their next.
+        """
+        early = held & (left.state.iteration < self.attack.rounds).cpu()
+        if bool(early.any()):
+            where = early.to(self.device)
+            state = left.state.rows(where)
+            value = torch.full_like(state.value, float("-inf")) if self.attack.minimal else state.value
+            none = torch.zeros_like(state.spent)
+            self._join(
+                left.rows[early], left.part.rows(where), replace(state, broken=none > 0, value=value, spent=none)
+            )
+        self.run[left.rows[~held]] = self.runs
+        rows = left.rows[held & ~early]
         self.run[rows] += 1
         self.waiting.extend(rows[self.run[rows] < self.runs].tolist())
 
@@ -112,11 +129,13 @@ class Schedule:
         likely = None if self.likely is None else self.likely[new].to(self.device)
         part = self.problem.rows(new).to(self.device)
         part = self.attack.prepared(part, self.run[new].to(self.device), likely)
-        state = self.attack.begin(part)
+        self._join(new, part, self.attack.begin(part))
+
+    def _join(self, rows: Tensor, part: Problem, state: State) -> None:
         if self.part is None or self.state is None or not len(self.rows):
-            self.rows, self.part, self.state = new, part, state
+            self.rows, self.part, self.state = rows, part, state
         else:
-            self.rows = torch.cat([self.rows, new])
+            self.rows = torch.cat([self.rows, rows])
             self.part, self.state = self.part.joined(part), self.state.joined(state)
 
     def pending(self) -> int:

@@ -88,8 +88,7 @@ class Square(Attack):
         noise = problem.noise.fold("square", "start")
         start = windows.image(x)
         if self.norm == "linf":
-            radius = geometry.column(eps, x).expand_as(x)
-            low, high = (geometry.place(x, side, eps, "linf", self.box) for side in (-radius, radius))
+            low, high = geometry.faces(x, eps, self.box)
             stripes = noise.sign((start.shape[1], 1, start.shape[3]), eps.dtype)
             point = torch.where((stripes > 0).expand_as(start).reshape(x.shape), high, low)
             return Faces.at(problem, point, low=low, high=high)

@@ -26,9 +26,13 @@ from wideberth.attacks.schedule import Left, Schedule
 from wideberth.attacks.suites import Stage
 from wideberth.checks import Box, InputError, Norm
 from wideberth.evaluation.verify import TOLERANCE, inside, judging
+from wideberth.models.fused import fused
 from wideberth.modes import borrowed
 from wideberth.randomness import Noise, fold
 from wideberth.runs import write_atomically
+
+_COMPARED = 64
+"""Samples on which a copy of the model must say what the model says."""
 
 
 @dataclass
@@ -181,11 +185,13 @@ def search(
 
     Whatever ends it early (Ctrl-C too), what is known is saved first.
     """
+    device = next((p.device for p in case.model.parameters()), case.x.device)
+    asked = fused(case.model, case.x[:_COMPARED].to(device))
     try:
         for place, (name, stage) in enumerate(stages.items()):
             if place < int(ledger.under_way):
                 continue
-            _run_stage(case, place, name, stage, ledger, batch_size, watch, save, save_every)
+            _run_stage(case, asked, place, name, stage, ledger, batch_size, watch, save, save_every)
             ledger.under_way += 1
             ledger.due.zero_()
     except BaseException:
@@ -197,6 +203,7 @@ def search(
 
 def _run_stage(
     case: Case,
+    asked: nn.Module,
     place: int,
     name: str,
     stage: Stage,
@@ -220,7 +227,7 @@ def _run_stage(
     saved = began
     with borrowed(case.model):
         schedule = Schedule(
-            case.model,
+            asked,
             attack,
             problem,
             runs=runs,
@@ -233,8 +240,7 @@ def _run_stage(
             left = schedule.step()
             if left is not None:
                 held = _judge(case, place, attack, ledger, left)
-                ledger.due[left.rows[~torch.isin(left.rows, held)]] = runs
-                schedule.again(held)
+                schedule.judged(left, held)
             now = time.monotonic()
             ledger.seconds[place] = before + now - began
             if watch is not None:
@@ -245,7 +251,7 @@ def _run_stage(
 
 
 def _judge(case: Case, place: int, attack: Attack, ledger: Ledger, left: Left) -> Tensor:
-    """See again what the runs that have ended offer; enter it, and return the samples that are to run again."""
+    """See again what the runs that have ended offer; enter it, and return which are to go on, (n,) bool."""
     rows = left.rows
     points = attack.candidate(left.state)
     x, y = case.x[rows].to(points.device), case.y[rows].to(points.device)
@@ -265,4 +271,4 @@ def _judge(case: Case, place: int, attack: Attack, ledger: Ledger, left: Left) -
     ledger.found[won] = points.cpu()[better].to(ledger.found.dtype)
     ledger.predicted[won] = losses.predictions(logits).cpu()[better]
     ledger.distance[won] = distance[better]
-    return rows[~wrong] if case.bounded else rows
+    return ~wrong if case.bounded else torch.ones_like(wrong)
