@@ -32,13 +32,24 @@ def column(value: Tensor, x: Tensor) -> Tensor:
     return value.view(-1, *[1] * (x.dim() - 1))
 
 
+def choose(new: Tensor, this: Tensor, that: Tensor) -> Tensor:
+    """Rows of `this` where `new` (B,) bool, of `that` elsewhere, bit for bit; points, or whatever else is finite.
+
+    Interpolation with weights 0 and 1 is `torch.where`, and four times as fast on a CPU: a mask of bools stops the
+    latter from using vector instructions.
+    """
+    return torch.lerp(that, this, column(new, this).to(this.dtype))
+
+
 def norm(delta: Tensor, p: Norm) -> Tensor:
     """The norm of each sample's perturbation, (B,) >= 0."""
     flat = delta.flatten(1)
     if p == "linf":
         return flat.abs().amax(1)
     # Summed in float64: a million float32 squares lose more than the slack that a verdict allows.
-    length: Tensor = torch.linalg.vector_norm(flat, ord=2 if p == "l2" else 1, dim=1, dtype=torch.float64)
+    if p == "l1":
+        return flat.abs().sum(1, dtype=torch.float64).to(flat.dtype)
+    length: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
     return length.to(flat.dtype)
 
 

@@ -36,10 +36,14 @@ def shortest_step(x: Tensor, normal: Tensor, rise: Tensor, p: Norm, box: Box) ->
     scale = toward.abs().amax(1, keepdim=True)
     scale = torch.where(scale > 0, scale, 1)
     gain, wanted = toward.abs() / scale, rise.to(wide).abs()[:, None] / scale
-    room = torch.where(toward > 0, box[1] - base, base - box[0]).clamp_min(0)
-    room = room.masked_fill(gain == 0, 0)  # where nothing is to be gained, nothing moves
+    # How far each entry can go the way it wants to: the larger of the two signed distances to the faces; 0 where
+    # nothing is to be gained (times an infinite box: NaN). No bools: they would not run in vectors.
+    way = toward.sign()
+    room = (
+        torch.maximum(way * (box[1] - base), way * (box[0] - base)).nan_to_num(nan=0, posinf=float("inf")).clamp_min(0)
+    )
     size = _greedy(gain, room, wanted) if p == "l1" else _level(gain, room, wanted, p)
-    return (size * toward.sign()).view(x.shape)
+    return (size * way).view(x.shape)
 
 
 def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm) -> Tensor:
@@ -48,20 +52,21 @@ def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm) -> Tensor:
     What the row gains is concave and piecewise linear in t, so Newton's method from t = 0 never goes too far, and
     stands still, exactly right, once it knows which entries have come to the face of the box.
     """
-    pace = torch.ones_like(gain) if p == "linf" else gain
-    corner = torch.where(gain > 0, room / pace, float("inf"))
-    most, slopes = gain * room, gain * pace
-    level = torch.zeros_like(wanted)
+    # An entry without gain has no room either, and counts for nothing.
+    corner = room if p == "linf" else room / gain.clamp_min(torch.finfo(gain.dtype).tiny)
+    most, slopes = (gain * room).nan_to_num(nan=0), gain if p == "linf" else gain * gain
+    level, held, part = torch.zeros_like(wanted), torch.empty_like(gain), torch.empty_like(gain)
     for _ in range(_ROUNDS):
-        free = corner > level
-        missing = wanted - most.masked_fill(free, 0).sum(1, keepdim=True)
-        slope = slopes.masked_fill(~free, 0).sum(1, keepdim=True)
+        torch.le(corner, level, out=held)  # as numbers
+        missing = wanted - torch.mul(held, most, out=part).sum(1, keepdim=True)
+        slope = torch.mul(held.neg_().add_(1), slopes, out=part).sum(1, keepdim=True)
         further = torch.where(slope > 0, missing / slope, float("inf"))
         # Only where looking costs nothing: a GPU had better do all rounds than wait to be asked.
         if level.device.type == "cpu" and bool((further <= level).all()):
             break
         level = torch.maximum(level, further)
-    return torch.where(corner > level, level * pace, room)
+    level = level.clamp_max(torch.finfo(level.dtype).max)
+    return torch.minimum(level if p == "linf" else level * gain, room)
 
 
 def _greedy(gain: Tensor, room: Tensor, wanted: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -373,3 +374,11 @@ def test_more_runs_of_the_same_are_refused() -> None:
 def test_norms_that_an_attack_has_not_are_refused(kind: type[Attack], norm: Norm) -> None:
     with pytest.raises(InputError, match="norm"):
         kind(norm=norm)
+
+
+@pytest.mark.parametrize("box", [(float("-inf"), float("inf")), (0.0, float("inf"))], ids=str)
+@pytest.mark.parametrize(("kind", "options"), [(CarliniWagner, {}), (DDN, {"levels": 256})])
+def test_a_box_without_faces_is_refused_where_they_are_needed(kind: type[Attack], options: Any, box: Box) -> None:
+    """It found nothing there, and said so as if the model were robust."""
+    with pytest.raises(InputError, match="finite"):
+        kind(box=box, **options)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from wideberth import geometry, losses
 from wideberth.attacks import PGD, Problem, Square, windows
-from wideberth.attacks.base import State
-from wideberth.attacks.square import Faces, _moved, _shortened
+from wideberth.attacks.base import Enclosed, State
+from wideberth.attacks.square import _moved, _shortened
 from wideberth.checks import Box, InputError, Norm
 from wideberth.randomness import Noise
 
@@ -135,7 +135,7 @@ def stage_of(iteration: int, queries: int) -> Tensor:
 def test_linf_points_are_corners_of_ball_and_box_and_no_query_is_wasted(shape: tuple[int, ...]) -> None:
     attack = Square(queries=50, rescaled=True)
     given, state = begun(attack, shape)
-    assert isinstance(state, Faces)
+    assert isinstance(state, Enclosed)
     model = linear(drawn(2, given.x[0].numel()))
     for _ in range(50):
         assert ((state.point == state.low) | (state.point == state.high)).all()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, Problem, State, input_gradient
+from wideberth.attacks.base import Attack, Enclosed, Problem, State, input_gradient
 from wideberth.checks import InputError
 from wideberth.losses import Loss
 
@@ -25,8 +25,8 @@ _SHORTER, _SHORTEST = 1.5, 0.1
 """l1: what a step is divided by at any other check, and the least it may be, in units of the radius."""
 
 
-@dataclass(frozen=True)
-class Ascent(State):
+@dataclass(frozen=True, kw_only=True)
+class Ascent(Enclosed):
     """What APGD remembers of a row.
 
     Attributes:
@@ -120,9 +120,11 @@ class APGD(Attack):
         low = torch.full_like(problem.eps, float("-inf"))
         none = torch.zeros_like(problem.y)
         entries = x[0].numel()
-        state = Ascent.at(
+        state = Ascent.within(
             problem,
             point,
+            self.norm,
+            self.box,
             best=point,
             best_gradient=torch.zeros_like(x),
             best_value=low,
@@ -152,7 +154,7 @@ class APGD(Attack):
         else:
             state, restart = self._adapt_size(state, plan, value)
         again = geometry.column(restart, state.point)
-        origin = torch.where(again, state.best, state.point)
+        origin = geometry.choose(restart, state.best, state.point)
         gradient = torch.where(again, state.best_gradient, gradient).to(problem.eps.dtype)
         return replace(
             state,
@@ -179,11 +181,11 @@ class APGD(Attack):
         kept = ~state.broken & (now | (better & final))
         return replace(
             state,
-            kept=torch.where(geometry.column(kept, state.point), state.point, state.kept),
+            kept=geometry.choose(kept, state.point, state.kept),
             value=torch.where(kept, value, state.value),
             broken=state.broken | now,
             survived=state.survived + (~now & (state.survived == state.iteration)),
-            best=torch.where(up, state.point, state.best),
+            best=geometry.choose(better, state.point, state.best),
             best_gradient=torch.where(up, gradient, state.best_gradient),
             best_value=torch.where(better, value, state.best_value),
         )
@@ -240,11 +242,11 @@ class APGD(Attack):
                 delta = torch.where(geometry.column(plan.closing, x), state.best.to(wide) - base, delta)
             return geometry.place(x, delta, problem.eps * plan.next_factor, self.norm, self.box)
         uphill = geometry.steepest(gradient, self.norm)
-        reached = geometry.place(base, (here - base) + stride * uphill, problem.eps, self.norm, self.box)
+        reached = state.moved(problem, here, stride * uphill, self.norm, self.box)
         # Nothing to repeat in the first step, which therefore goes all the way.
         repeated = geometry.column(torch.where(plan.opening, 0, _MOMENTUM).to(wide), x)
-        move = (1 - repeated) * (reached - here) + repeated * (here - state.previous.to(wide))
-        return geometry.place(x, (here - base) + move, problem.eps, self.norm, self.box)
+        move = torch.lerp(reached - here, here - state.previous.to(wide), repeated)
+        return state.moved(problem, origin, move, self.norm, self.box)
 
 
 def _support(point: Tensor, problem: Problem) -> Tensor:

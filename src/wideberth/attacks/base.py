@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,7 @@ class State(Rows):
         better = (now & ~self.broken) | ((now == self.broken) & (value > self.value))
         return replace(
             self,
-            kept=torch.where(geometry.column(better, self.point), self.point, self.kept),
+            kept=geometry.choose(better, self.point, self.kept),
             value=torch.where(better, value, self.value),
             broken=self.broken | now,
             # A row that has survived every look so far, and this one.
@@ -170,6 +170,37 @@ class State(Rows):
             iteration=self.iteration + 1,
             spent=self.spent + cost,
         )
+
+
+S = TypeVar("S", bound=State)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enclosed(State):
+    """A state that knows between which faces all points lie, where ball and box together are a box: in linf.
+
+    Attributes:
+        low: (B, ...) the least point; None in the other norms.
+        high: (B, ...) the greatest.
+    """
+
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+    @classmethod
+    def within(cls, problem: Problem, point: Tensor, norm: Norm, box: Box, **own: Any) -> Self:
+        """The state of a run that begins at `point` (B, ...) of the ball of that norm and the box."""
+        faces = geometry.faces(problem.x, problem.eps, box) if norm == "linf" else (None, None)
+        return cls.at(problem, point, low=faces[0], high=faces[1], **own)
+
+    def moved(self, problem: Problem, origin: Tensor, move: Tensor, norm: Norm, box: Box) -> Tensor:
+        """Where `move` leads from `origin` (B, ...), brought back into ball and box, (B, ...)."""
+        if self.low is None:
+            wide = problem.eps.dtype
+            delta = (origin.to(wide) - problem.x.to(wide)) + move
+            return geometry.place(problem.x, delta, problem.eps, norm, box)
+        # The faces were rounded towards x: a clamp is enough, at a fifth of the cost of `place`.
+        return (origin + move).to(origin.dtype).clamp(self.low, self.high)
 
 
 def input_gradient(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, Problem, State, input_gradient
 from wideberth.attacks.minimum_norm import farthest, nearer, one_run
-from wideberth.checks import Norm
+from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
 
 _INSIDE = 0.99
@@ -89,6 +90,7 @@ class CarliniWagner(Attack):
 
     Attributes:
         norm: "l2" or "linf".
+        box: finite.
         steps: of one search, at most.
         search_steps: l2: how many searches. In both norms, a row takes at most `search_steps * steps` steps.
         learning_rate: Adam's, in tanh space: there the box is some 4 wide.
@@ -116,6 +118,8 @@ class CarliniWagner(Attack):
         checks.at_least("learning_rate", self.learning_rate, 0)
         checks.at_least("initial_c", self.initial_c, 0)
         checks.at_least("cuts", self.cuts, 0)
+        if not all(map(math.isfinite, self.box)):
+            raise InputError(f"box={self.box}: must be finite, tanh space lies between its faces")
         one_run(type(self).__name__, self.restarts)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, Problem, State, input_gradient
 from wideberth.attacks.minimum_norm import farthest, half_cosine, nearer, one_run
-from wideberth.checks import Norm
+from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
 
 _LAST = 0.01
@@ -145,7 +146,7 @@ class DDN(RadiusDescent):
 
     Attributes:
         init_eps: the first radius, in units of the input. 100 steps get from 1 down to 0.006, and up to 130.
-        levels: round the points to so many, evenly spaced over the box (256: images of 8 bits); None: do not.
+        levels: round the points to so many, evenly spaced over the finite box (256: images of 8 bits); None: do not.
     """
 
     norm: Norm = "l2"
@@ -160,6 +161,8 @@ class DDN(RadiusDescent):
         checks.at_least("init_eps", self.init_eps, 0)
         if self.levels is not None:
             checks.at_least("levels", self.levels, 2)
+            if not all(map(math.isfinite, self.box)):
+                raise InputError(f"levels={self.levels} in box={self.box}: levels are spread over a finite box")
 
     @property
     def first_radius(self) -> float:

@@ -104,13 +104,14 @@ class FAB(Attack):
         found = class_gradients(model, state.point, goals(problem))
         now = problem.achieved(found.logits)
         away = state.point - x
-        back = torch.where(geometry.column(now, away), self.beta * away, away)
+        back = away * geometry.column(torch.where(now, self.beta, 1).to(away.dtype), away)
         plane = nearest_plane(found, state.point, x + back, self.norm)
         first = state.iteration == 0
         state = nearer(problem, state, now, geometry.norm(away, self.norm), found.cost)
         delta, distance = self._along(x, back, plane)
-        leave = geometry.column(first & state.astray, delta)
-        delta = torch.where(leave, self._stray(problem, distance), delta)
+        if self.restarts > 1:
+            leave = geometry.column(first & state.astray, delta)
+            delta = torch.where(leave, self._stray(problem, distance), delta)
         return replace(state, point=land(problem.x, delta, self.box))
 
     def _along(self, x: Tensor, back: Tensor, plane: Plane) -> tuple[Tensor, Tensor]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry
-from wideberth.attacks.base import Keep, Problem, State, input_gradient
+from wideberth.attacks.base import Enclosed, Keep, Problem, State, input_gradient
 from wideberth.attacks.gradient import PGD
 from wideberth.losses import Loss
 
 
-@dataclass(frozen=True)
-class Friendly(State):
+@dataclass(frozen=True, kw_only=True)
+class Friendly(Enclosed):
     """What early-stopped PGD remembers.
 
     Attributes:
@@ -56,32 +56,20 @@ class EarlyStoppedPGD(PGD):
     def begin(self, problem: Problem) -> Friendly:
         """Begin as PGD does, with all steps left."""
         start = super().begin(problem)
-        return Friendly.at(problem, start.point, left=torch.full_like(problem.y, self.tau))
+        left = torch.full_like(problem.y, self.tau)
+        return Friendly.within(problem, start.point, self.norm, self.box, left=left)
 
     def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
         """One forward and one input gradient at `state.point`, then one step uphill for the rows that go on."""
         assert isinstance(state, Friendly)
-        x, here, iteration = problem.x, state.point, state.iteration
+        here, iteration = state.point, state.iteration
         ascended = problem.loss(self.loss if loss is None else loss)
         logits, value, gradient = input_gradient(model, here, ascended, self.draws)
         left = state.left - problem.achieved(logits).to(state.left.dtype)
-        if self.norm == "l1":
-            # As in PGD: the one entry that moves must have room inside the box.
-            low, high = self.box
-            stuck = torch.where(gradient > 0, here >= high, here <= low)
-            gradient = gradient.masked_fill(stuck, 0)
-        size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
-        stride = geometry.column(geometry.per_sample(size, x), x)
-        delta = (here - x) + stride * geometry.steepest(gradient, self.norm)
+        move = self.uphill(problem, here, gradient)
         if self.omega:
             noise = problem.noise.fold("friendly").then(iteration)
-            delta = delta + self.omega * noise.normal(x.shape[1:], problem.eps.dtype)
-        point = geometry.place(x, delta, problem.eps, self.norm, self.box)
-        point = torch.where(geometry.column(left >= 0, x), point, here)
+            move = move + self.omega * noise.normal(here.shape[1:], problem.eps.dtype)
+        point = state.moved(problem, here, move, self.norm, self.box)
+        point = geometry.choose(left >= 0, point, here)
         return replace(self.remember(problem, state, logits, value, cost=2 * self.draws), point=point, left=left)
-
-    def remember(self, problem: Problem, state: State, logits: Tensor, value: Tensor, cost: int) -> Friendly:
-        """As PGD, and `left` stays with the state."""
-        assert isinstance(state, Friendly)
-        seen = super().remember(problem, state, logits, value, cost)
-        return Friendly(**{part.name: getattr(seen, part.name) for part in fields(State)}, left=state.left)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, Keep, Problem, State, input_gradient
+from wideberth.attacks.base import Attack, Enclosed, Keep, Problem, S, State, input_gradient
 from wideberth.geometry import Start
 from wideberth.losses import Loss
 
@@ -26,19 +26,6 @@ class ScaledStep:
     def __call__(self, eps: Tensor, steps: int) -> Tensor:
         """The step sizes (B,) for radii (B,) and a number of steps."""
         return (self.ratio * eps / steps).clamp_min(self.floor)
-
-
-@dataclass(frozen=True)
-class Climb(State):
-    """Where a run of PGD stands.
-
-    Attributes:
-        low: (B, ...) in linf the least point of ball and box; None in the other norms.
-        high: (B, ...) the greatest.
-    """
-
-    low: Tensor | None = None
-    high: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,51 +69,47 @@ class PGD(Attack):
 
     def candidate(self, state: State) -> Tensor:
         """The point found, or else the last, about which the model was not asked."""
-        return torch.where(geometry.column(state.broken, state.kept), state.kept, state.point)
+        return geometry.choose(state.broken, state.kept, state.point)
 
     @property
     def judges(self) -> bool:
         """Only "last" with one run can leave the judging to others."""
         return self.keep != "last"
 
-    def begin(self, problem: Problem) -> State:
+    def begin(self, problem: Problem) -> Enclosed:
         """Begin at the clean inputs or at a random point near them."""
         delta = geometry.random_start(problem.x, problem.eps, self.norm, self.start, problem.noise)
         point = geometry.place(problem.x, delta, problem.eps, self.norm, self.box)
-        if self.norm != "linf":
-            return Climb.at(problem, point)
-        low, high = geometry.faces(problem.x, problem.eps, self.box)
-        return Climb.at(problem, point, low=low, high=high)
+        return Enclosed.within(problem, point, self.norm, self.box)
 
     def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
         """One forward and one input gradient at `state.point`, then one step uphill."""
+        assert isinstance(state, Enclosed)
         ascended = problem.loss(self.loss if loss is None else loss)
         logits, value, gradient = input_gradient(model, state.point, ascended, self.draws)
         state = self.remember(problem, state, logits, value, cost=2 * self.draws)
+        move = self.uphill(problem, state.point, gradient)
+        point = state.moved(problem, state.point, move, self.norm, self.box)
+        if self.keep == "first_flip":
+            point = geometry.choose(state.broken, state.kept, point)
+        return replace(state, point=point)
+
+    def uphill(self, problem: Problem, point: Tensor, direction: Tensor) -> Tensor:
+        """The step from `point` that ascends fastest along a direction (B, ...): the gradient, as a rule."""
         if self.norm == "l1":
             # The one entry that moves must have room: at a face of the box, outward would leave the point where it is.
             low, high = self.box
-            stuck = torch.where(gradient > 0, state.point >= high, state.point <= low)
-            gradient = gradient.masked_fill(stuck, 0)
+            direction = direction.masked_fill(torch.where(direction > 0, point >= high, point <= low), 0)
         size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
         stride = geometry.column(geometry.per_sample(size, problem.x), problem.x)
-        move = stride * geometry.steepest(gradient, self.norm)
-        if isinstance(state, Climb) and state.low is not None:
-            # Between the faces is inside ball and box: a clamp places the point, at a fifth of the cost.
-            point = (state.point + move).to(state.point.dtype).clamp(state.low, state.high)
-        else:
-            delta = (state.point - problem.x) + move
-            point = geometry.place(problem.x, delta, problem.eps, self.norm, self.box)
-        if self.keep == "first_flip":
-            point = torch.where(geometry.column(state.broken, point), state.kept, point)
-        return replace(state, point=point)
+        return stride * geometry.steepest(direction, self.norm)
 
-    def remember(self, problem: Problem, state: State, logits: Tensor, value: Tensor, cost: int) -> State:
+    def remember(self, problem: Problem, state: S, logits: Tensor, value: Tensor, cost: int) -> S:
         """Take account of what a forward at `state.point` said."""
         if self.keep == "worst":
             return state.after(problem, logits, value, cost)
         if self.keep == "first_flip":
-            kept = torch.where(geometry.column(state.broken, state.kept), state.kept, state.point)
+            kept = geometry.choose(state.broken, state.kept, state.point)
             return replace(state.after(problem, logits, value, cost), kept=kept)
         now = problem.achieved(logits)
         return replace(
@@ -141,7 +124,7 @@ class PGD(Attack):
 
     def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
         """k steps cost k forwards and k input gradients; the last look, where it is wanted, one forward more."""
-        state = self.begin(problem)
+        state: State = self.begin(problem)
         for _ in range(self.steps):
             state = self.step(model, problem, state, loss)
         if not (judge or self.judges):

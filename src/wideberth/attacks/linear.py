@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -109,24 +109,33 @@ def nearest_plane(found: Gradients, point: Tensor, start: Tensor, norm: Norm) ->
     Nearest is where |difference of logits| over the dual norm of its gradient is least.
     """
     here = point.to(torch.promote_types(point.dtype, torch.float32))
+    nearest: Plane | None = None
     least = here.new_full(here.shape[:1], float("inf"))
-    normal, value = torch.zeros_like(here), torch.zeros_like(least)
     for column, each in zip(found.values.unbind(1), found.each, strict=True):
         plane = Plane(here, each.to(here.dtype), column.to(here.dtype))
         length = geometry.norm(plane.normal, geometry.dual(norm))
-        distance = torch.where(length > 0, plane.at(start).abs() / length, float("inf"))
+        known = length > 0
+        distance = torch.where(known, plane.at(start).abs() / length, float("inf"))
         nearer = distance < least
         least = torch.where(nearer, distance, least)
-        value = torch.where(nearer, plane.value, value)
-        normal = torch.where(geometry.column(nearer, normal), plane.normal, normal)
-    return Plane(here, normal, value)
+        if nearest is None:  # without a gradient, the normal is zero as it is
+            nearest = replace(plane, value=torch.where(known, plane.value, 0))
+            continue
+        value = torch.where(nearer, plane.value, nearest.value)
+        normal = torch.where(geometry.column(nearer, here), plane.normal, nearest.normal)
+        nearest = Plane(here, normal, value)
+    assert nearest is not None
+    return nearest
 
 
 def land(x: Tensor, delta: Tensor, box: Box) -> Tensor:
     """x + delta (B, ...), in the box and in x's dtype: rounded to nearest, but not all the way back to x."""
-    point = (x + delta).to(x.dtype)
+    point = (x + delta).to(x.dtype).clamp(*box)
     # An ulp of bfloat16 is 1/256 at 0.5: a row that is closer to the boundary than that would never leave x.
-    stuck = (point == x).flatten(1).all(1)
+    stuck = geometry.norm(point - x, "linf") == 0
+    # Only where looking costs nothing: a GPU had better move all rows than wait to be asked.
+    if point.device.type == "cpu" and not bool(stuck.any()):
+        return point
     least = torch.nextafter(x, torch.where(delta > 0, float("inf"), float("-inf")).to(x.dtype))
-    least = torch.where(delta == 0, x, least)
-    return torch.where(geometry.column(stuck, x), least, point).clamp(*box)
+    least = torch.where(delta == 0, x, least).clamp(*box)
+    return torch.where(geometry.column(stuck, x), least, point)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, Problem, State, input_gradient
+from wideberth.attacks.base import Attack, Enclosed, Problem, State, input_gradient
 from wideberth.losses import Loss
 
 
@@ -54,12 +54,13 @@ class PMA(Attack):
         """Diverse steps and ascent, and a look at where they led."""
         return self.diverse + self.steps + 1
 
-    def begin(self, problem: Problem) -> State:
+    def begin(self, problem: Problem) -> Enclosed:
         """Start at the clean input."""
-        return State.at(problem, problem.x)
+        return Enclosed.within(problem, problem.x, self.norm, self.box)
 
     def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
         """One forward and one input gradient, then one step up the margin or, early on, a direction of the logits."""
+        assert isinstance(state, Enclosed)
         ascended = problem.loss(self.loss if loss is None else loss)
         early = state.iteration < self.diverse
 
@@ -73,9 +74,9 @@ class PMA(Attack):
         # The loss of an early row is not its margin.
         value = torch.where(early, float("-inf"), value)
         stride = problem.eps * torch.where(early, self.largest, self._pace(state.iteration))
-        delta = state.point - problem.x + geometry.column(stride, problem.x) * geometry.steepest(gradient, self.norm)
-        state = state.after(problem, logits, value, cost=2 * self.draws)
-        return replace(state, point=geometry.place(problem.x, delta, problem.eps, self.norm, self.box))
+        move = geometry.column(stride, problem.x) * geometry.steepest(gradient, self.norm)
+        point = state.moved(problem, state.point, move, self.norm, self.box)
+        return replace(state.after(problem, logits, value, cost=2 * self.draws), point=point)
 
     def _pace(self, iteration: Tensor) -> Tensor:
         """The step in units of eps, (B,): a cosine from the largest to the smallest."""

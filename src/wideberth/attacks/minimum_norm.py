@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from wideberth import checks, geometry
-from wideberth.attacks.base import Problem, State
+from wideberth.attacks.base import Problem, S
 from wideberth.checks import Box, InputError, Norm
-
-S = TypeVar("S", bound=State)
 
 _SLACK = 5e-7
 """Relative: by so much a point may measure too long that was placed on the sphere in float32; a verdict allows twice
@@ -34,7 +31,7 @@ def nearer(problem: Problem, state: S, now: Tensor, distance: Tensor, cost: int)
     better = now & (-distance > state.value)
     return replace(
         state,
-        kept=torch.where(geometry.column(better, state.point), state.point, state.kept),
+        kept=geometry.choose(better, state.point, state.kept),
         value=torch.where(better, -distance, state.value),
         broken=state.broken | now,
         survived=state.survived + ~(state.broken | now),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry
-from wideberth.attacks.base import Problem, State, input_gradient
+from wideberth.attacks.base import Enclosed, Problem, State, input_gradient
 from wideberth.attacks.gradient import PGD, ScaledStep
 from wideberth.geometry import Start
 from wideberth.losses import Loss
@@ -16,8 +16,8 @@ from wideberth.losses import Loss
 _EQUAL_STEPS = ScaledStep(1.0)
 
 
-@dataclass(frozen=True)
-class Moving(State):
+@dataclass(frozen=True, kw_only=True)
+class Moving(Enclosed):
     """What MI-FGSM remembers.
 
     Attributes:
@@ -54,34 +54,21 @@ class MIFGSM(PGD):
     def begin(self, problem: Problem) -> Moving:
         """Begin as PGD does, without momentum."""
         point = super().begin(problem).point
-        return Moving.at(problem, point, momentum=torch.zeros_like(point, dtype=problem.eps.dtype))
+        none = torch.zeros_like(point, dtype=problem.eps.dtype)
+        return Moving.within(problem, point, self.norm, self.box, momentum=none)
 
     def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> Moving:
         """One forward and one input gradient at `state.point`, then one step along the momentum."""
         assert isinstance(state, Moving)
         ascended = problem.loss(self.loss if loss is None else loss)
         logits, value, gradient = input_gradient(model, state.point, ascended, self.draws)
-        seen = self.remember(problem, state, logits, value, cost=2 * self.draws)
+        state = self.remember(problem, state, logits, value, cost=2 * self.draws)
         momentum = self.decay * state.momentum + _unit(gradient.to(problem.eps.dtype))
-        point = self._moved(problem, state.point, momentum)
+        move = self.uphill(problem, state.point, momentum)
+        point = state.moved(problem, state.point, move, self.norm, self.box)
         if self.keep == "first_flip":
-            point = torch.where(geometry.column(seen.broken, point), seen.kept, point)
-        return Moving(
-            point, seen.kept, seen.value, seen.broken, seen.survived, seen.iteration, seen.spent, momentum=momentum
-        )
-
-    def _moved(self, problem: Problem, point: Tensor, momentum: Tensor) -> Tensor:
-        """One step from `point` along the momentum, (B, ...)."""
-        direction = momentum
-        if self.norm == "l1":
-            # As in PGD: the one entry that moves must have room.
-            low, high = self.box
-            direction = momentum.masked_fill(torch.where(momentum > 0, point >= high, point <= low), 0)
-        size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
-        stride = geometry.column(geometry.per_sample(size, problem.x), problem.x)
-        base = problem.x.to(momentum.dtype)
-        delta = (point.to(momentum.dtype) - base) + stride * geometry.steepest(direction, self.norm)
-        return geometry.place(problem.x, delta, problem.eps, self.norm, self.box)
+            point = geometry.choose(state.broken, state.kept, point)
+        return replace(state, point=point, momentum=momentum)
 
 
 def _unit(gradient: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def seen(problem: Problem, state: S, logits: Tensor, value: Tensor, cost: int, f
         better = better | ((now == state.broken) & (value > state.value))
     return replace(
         state,
-        kept=torch.where(geometry.column(better, state.point), state.point, state.kept),
+        kept=geometry.choose(better, state.point, state.kept),
         value=torch.where(better, value, state.value),
         broken=state.broken | now,
         survived=state.survived + (~now & (state.survived == state.iteration)),

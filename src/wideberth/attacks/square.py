@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
 from wideberth.attacks import windows
-from wideberth.attacks.base import Attack, Problem, State
+from wideberth.attacks.base import Attack, Enclosed, Problem, State
 from wideberth.checks import Norm
 from wideberth.losses import Loss
 
@@ -20,19 +20,6 @@ _NEWTON_STEPS = 6
 
 _NOTHING = 1e-4
 """Of the radius: a window with less in it counts as empty."""
-
-
-@dataclass(frozen=True)
-class Faces(State):
-    """What linf moves between.
-
-    Attributes:
-        low: (B, ...) the least point of ball and box.
-        high: (B, ...) the greatest.
-    """
-
-    low: Tensor
-    high: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +78,13 @@ class Square(Attack):
             low, high = geometry.faces(x, eps, self.box)
             stripes = noise.sign((start.shape[1], 1, start.shape[3]), eps.dtype)
             point = torch.where((stripes > 0).expand_as(start).reshape(x.shape), high, low)
-            return Faces.at(problem, point, low=low, high=high)
+            return Enclosed.at(problem, point, low=low, high=high)
         delta = windows.tiles(noise, start.shape, self.norm, eps.dtype).view_as(x)
         # In l1 what is longer than the radius is projected, not scaled: that leaves fewer, larger entries.
         length = geometry.norm(delta, self.norm)
         stretch = self._radius(problem) / length
         delta = delta * geometry.column(stretch if self.norm == "l2" else stretch.clamp_min(1), x)
-        return State.at(problem, geometry.place(x, delta, eps, self.norm, self.box))
+        return Enclosed.at(problem, geometry.place(x, delta, eps, self.norm, self.box))
 
     def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
         """One forward at `state.point`, then a candidate that differs from the incumbent in a window."""
@@ -109,7 +96,7 @@ class Square(Attack):
             better = ~state.broken & (now | (value > state.value))
             state = replace(
                 state,
-                kept=_chosen(better, state.point, state.kept),
+                kept=geometry.choose(better, state.point, state.kept),
                 value=torch.where(better, value, state.value),
                 broken=state.broken | now,
                 survived=state.survived + (~now & (state.survived == iteration)),
@@ -127,7 +114,8 @@ class Square(Attack):
         draws = problem.noise.fold("square").then(iteration).uniform((7 + channels,), wide)
         sign = 1 - 2 * (draws[:, 7:] < 0.5).to(wide)
         window = plan.draw(stage, draws[:, :2], height, width)
-        if isinstance(state, Faces):
+        assert isinstance(state, Enclosed)
+        if state.low is not None and state.high is not None:
             low, high = windows.image(state.low), windows.image(state.high)
             return _filled(kept, low, high, window, sign, self._size(problem)).view_as(problem.x)
         other = plan.draw(stage, draws[:, 2:4], height, width)
@@ -151,28 +139,22 @@ class Square(Attack):
         """(B,), no more than the box has room for, and a little less than eps for what float32 sums may be off."""
         entries = problem.x[0].numel()
         across = (self.box[1] - self.box[0]) * (entries if self.norm == "l1" else math.sqrt(entries))
-        return problem.eps.clamp_max(across) * (1 - 1e-6)
+        # Its square is to be a number too, in a box without end.
+        largest = math.sqrt(torch.finfo(problem.eps.dtype).max) / 2
+        return problem.eps.clamp_max(min(across, largest)) * (1 - 1e-6)
 
     def _size(self, problem: Problem) -> Tensor:
         """(B,), what no entry of a point exceeds in absolute value."""
         bound = max(abs(face) for face in self.box)
         if math.isfinite(bound):
             return torch.full_like(problem.eps, bound)
-        return problem.x.flatten(1).abs().amax(1) + problem.eps
+        reach = problem.eps if self.norm == "linf" else self._radius(problem)
+        return problem.x.flatten(1).abs().amax(1) + reach
 
 
 def _column(value: Tensor) -> Tensor:
     """(B,) or (B, C) lifted to (B, 1, 1, 1) or (B, C, 1, 1)."""
     return value.view(len(value), -1, 1, 1)
-
-
-def _chosen(new: Tensor, this: Tensor, that: Tensor) -> Tensor:
-    """Rows of `this` where `new` (B,), of `that` elsewhere, bit for bit.
-
-    Interpolation with weights 0 and 1 is `torch.where`, five times as fast: a mask that spans rows stops the latter
-    from using vector instructions.
-    """
-    return torch.lerp(that, this, geometry.column(new, this).to(this.dtype))
 
 
 def _filled(kept: Tensor, low: Tensor, high: Tensor, window: windows.Window, sign: Tensor, size: Tensor) -> Tensor:
