@@ -60,6 +60,7 @@ class Log:
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
     def log(self, line: object) -> None:
         """Keep "robust accuracy after NAME: 12.34% ..."."""
@@ -67,6 +68,7 @@ class Log:
         if "robust accuracy after" in text:
             name, figure = text.split("robust accuracy after ")[1].split(": ")
             self.stages[name.strip()] = float(figure.split("%")[0])
+            self.seconds[name.strip()] = float(figure.split("total time ")[1].split(" ")[0])
         elif "initial accuracy" in text:
             self.stages["clean"] = float(text.split(": ")[1].split("%")[0])
 
@@ -86,7 +88,9 @@ def original(case: Subject, batch_size: int, seed: int) -> tuple[dict[str, float
         part.n_target_classes = min(part.n_target_classes, classes - 1)
     began = time.monotonic()
     attack.run_standard_evaluation(case.x, case.y, bs=batch_size)
-    return log.stages, time.monotonic() - began
+    seconds = time.monotonic() - began
+    print(f"    original: seconds until the end of each stage {log.seconds}")
+    return log.stages, seconds
 
 
 def ours(case: Subject, suite: str, batch_size: int, seed: int) -> tuple[dict[str, float], float]:

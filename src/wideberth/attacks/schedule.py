@@ -12,7 +12,6 @@ number of processes, and however often the evaluation was interrupted.
 from __future__ import annotations
 
 from collections import deque
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,7 +51,6 @@ class Schedule:
         batch_size: rows under way at a time.
         likely: (N, K - 1) classes other than the label, the likeliest first, if the attack aims at targets.
         run: (N,) int64, the run that each sample is due next; one with none left is not attacked.
-        precision: dtype to search in, by autocast; None searches in the model's own.
     """
 
     def __init__(
@@ -65,10 +63,9 @@ class Schedule:
         batch_size: int,
         likely: Tensor | None = None,
         run: Tensor | None = None,
-        precision: torch.dtype | None = None,
     ) -> None:
         self.model, self.attack, self.problem, self.likely = model, attack, problem, likely
-        self.runs, self.batch_size, self.precision = runs, batch_size, precision
+        self.runs, self.batch_size = runs, batch_size
         self.run = torch.zeros_like(problem.y) if run is None else run
         self.device = next((p.device for p in model.parameters()), problem.x.device)
         self.waiting = deque((self.run < runs).nonzero().squeeze(1).tolist())
@@ -86,9 +83,7 @@ class Schedule:
         self._refill()
         assert self.part is not None
         assert self.state is not None
-        narrow = torch.autocast(self.device.type, self.precision) if self.precision else nullcontext()
-        with narrow:
-            self.state = self.attack.step(self.model, self.part, self.state)
+        self.state = self.attack.step(self.model, self.part, self.state)
         # A minimum-norm attack that has come within its radius has shown what a verdict asks; without a radius, it
         # looks for the smallest one to the end.
         bounded = torch.isfinite(self.part.eps)

@@ -26,7 +26,7 @@ from wideberth.attacks.schedule import Left, Schedule
 from wideberth.attacks.suites import Stage
 from wideberth.checks import Box, InputError, Norm
 from wideberth.evaluation.verify import TOLERANCE, inside, judging
-from wideberth.models.fused import fused
+from wideberth.models.stand_in import fused, narrowed
 from wideberth.modes import borrowed
 from wideberth.randomness import Noise, fold
 from wideberth.runs import write_atomically
@@ -186,12 +186,15 @@ def search(
     Whatever ends it early (Ctrl-C too), what is known is saved first.
     """
     device = next((p.device for p in case.model.parameters()), case.x.device)
-    asked = fused(case.model, case.x[:_COMPARED].to(device))
+    few = case.x[:_COMPARED].to(device)
+    asked = {"float32": fused(case.model, few)}
+    if any(stage.precision == "bfloat16" for stage in stages.values()):
+        asked["bfloat16"] = narrowed(asked["float32"], few)
     try:
         for place, (name, stage) in enumerate(stages.items()):
             if place < int(ledger.under_way):
                 continue
-            _run_stage(case, asked, place, name, stage, ledger, batch_size, watch, save, save_every)
+            _run_stage(case, asked[stage.precision], place, name, stage, ledger, batch_size, watch, save, save_every)
             ledger.under_way += 1
             ledger.due.zero_()
     except BaseException:
@@ -223,7 +226,6 @@ def _run_stage(
     eps = geometry.per_sample(case.eps, case.x)
     problem = Problem(case.x, case.y, eps, Noise(case.index, fold(case.seed, name)))
     likely = losses.likeliest(case.logits, case.y) if attack.targets else None
-    precision = torch.bfloat16 if stage.precision == "bfloat16" else None
     saved = began
     with borrowed(case.model):
         schedule = Schedule(
@@ -234,13 +236,11 @@ def _run_stage(
             batch_size=batch_size,
             likely=likely,
             run=ledger.due,  # shared: what the schedule counts up is what is saved
-            precision=precision,
         )
         while schedule.busy:
             left = schedule.step()
             if left is not None:
-                held = _judge(case, place, attack, ledger, left)
-                schedule.judged(left, held)
+                schedule.judged(left, _judge(case, place, attack, ledger, left))
             now = time.monotonic()
             ledger.seconds[place] = before + now - began
             if watch is not None:

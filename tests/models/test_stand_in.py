@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth.models import MLP, ConvNet, PreActResNet18
-from wideberth.models.fused import fused
+from wideberth.models.stand_in import fused, narrowed
 
 
 def trained(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
@@ -83,3 +83,52 @@ def test_what_cannot_be_copied_is_asked_itself(kind: str) -> None:
 def test_without_convolutions_there_is_nothing_to_gain() -> None:
     model = MLP(shape=(5,), classes=3, hidden=(4,))
     assert fused(model, torch.rand(4, 5)) is model
+
+
+def test_bfloat16_within_sees_small_perturbations_and_tells_logits_in_full() -> None:
+    """Ends are exact: a step far below bfloat16's own changes the logits, by what the network says within 2 %."""
+    model = trained(ConvNet(shape=(3, 16, 16), classes=5, width=8, batch_norm=True), (3, 16, 16))
+    x = 0.5 + 0.4 * torch.rand(8, 3, 16, 16)
+    copy = narrowed(fused(model, x), x)
+    assert copy(x).dtype == torch.float32
+    model.eval()
+    with torch.no_grad():
+        exact, found = model(x), copy(x)
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.03 * float(exact.std()))
+    point = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(copy(point)[:, 0].sum(), point)
+    (expected,) = torch.autograd.grad(model(point)[:, 0].sum(), point)
+    alike = torch.nn.functional.cosine_similarity(gradient.flatten(1), expected.flatten(1))
+    assert alike.median() > 0.99
+    assert alike.min() > 0.95
+    step = 1e-3 * expected.sign()
+    assert ((x + step).to(torch.bfloat16) == x.to(torch.bfloat16)).float().mean() > 0.5, "plain rounding loses it"
+    with torch.no_grad():
+        moved, should = (copy(x + step) - found)[:, 0].mean(), (model(x + step) - exact)[:, 0].mean()
+    assert moved / should == pytest.approx(1, abs=0.1)
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_narrowing_what_takes_no_bfloat16_falls_back_on_autocast() -> None:
+    class Stubborn(nn.Module):
+        """Insists on float32 between its layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            if hidden.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu"):
+                raise TypeError("float32 only")
+            return self.last(hidden)
+
+    model, x = Stubborn(), torch.rand(5, 4)
+    copy = narrowed(model, x)
+    torch.testing.assert_close(copy(x).float(), model(x), rtol=0.03, atol=0.03)
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_narrowing_one_layer_changes_nothing() -> None:
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)), torch.rand(5, 2, 3)
+    torch.testing.assert_close(narrowed(model, x)(x), model(x), rtol=0, atol=0)
