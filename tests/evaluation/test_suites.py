@@ -10,7 +10,7 @@ from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from torch import Tensor, nn
 
 from wideberth import losses
-from wideberth.attacks import PGD, SUITES
+from wideberth.attacks import PGD, SUITES, Stage, suite
 from wideberth.checks import Norm
 from wideberth.evaluation import evaluate
 from wideberth.models import MLP, ConvNet
@@ -59,17 +59,30 @@ def exhaustive(name: str) -> Tensor:
     return held
 
 
-@pytest.mark.parametrize("suite", list(SUITES))
+@pytest.mark.parametrize("line_up", list(SUITES))
 @pytest.mark.parametrize("name", list(CASES))
-def test_suites_run_for_any_number_of_classes_and_agree_with_exhaustive_restarts(name: str, suite: str) -> None:
+def test_suites_run_for_any_number_of_classes_and_agree_with_exhaustive_restarts(name: str, line_up: str) -> None:
     """In l1, where PGD moves one entry at a time, a suite may break more; it leaves at most one more standing."""
     model, x, y = case(name)
     norm, eps = CASES[name]
-    if suite == "radius":
+    if line_up == "radius":
         found = evaluate(model, (x, y), norm=norm, eps=eps, suite="pgd", radii=True, margin=False, examined=False)
     else:
-        found = evaluate(model, (x, y), norm=norm, eps=eps, suite=suite, margin=False, examined=False)
+        found = evaluate(model, (x, y), norm=norm, eps=eps, suite=line_up, margin=False, examined=False)
     robust, held = torch.tensor(found.samples["robust"].to_numpy()), exhaustive(name)
     assert 5 < held.sum() < ROWS - 5, "else there is nothing to compare"
-    assert (robust & ~held).sum() <= 1
+    # The first look has 2 restarts where the exhaustive attack has 20, which counts in l1.
+    assert (robust & ~held).sum() <= (3 if (line_up, norm) == ("pgd", "l1") else 1)
     assert (held & ~robust).sum() <= (10 if norm == "l1" else 1)
+
+
+def test_a_model_without_robustness_costs_next_to_nothing() -> None:
+    """Whoever is broken leaves at once: under 2 % of what all runs of all attacks of `standard` would cost."""
+    model, x, y = case("breast cancer")
+    found = evaluate(model, (x, y), eps=0.5, suite="standard", margin=False, examined=False)
+    assert found.robust_accuracy == 0
+    full = 0
+    for part in suite("standard", "linf", classes=2).values():
+        attack = part.attack if isinstance(part, Stage) else part
+        full += len(attack.runs(2)) * attack.rounds * (2 if attack.needs_gradient else 1)
+    assert found.samples["evaluations"].mean() < 0.02 * full

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wideberth.models import MLP, ConvNet, PreActResNet18
+from wideberth.models import MLP, ConvNet, PreActResNet18, stand_in
 from wideberth.models.stand_in import fused, narrowed
 
 
@@ -85,6 +85,13 @@ def test_without_convolutions_there_is_nothing_to_gain() -> None:
     assert fused(model, torch.rand(4, 5)) is model
 
 
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with bfloat16, whatever this one has."""
+    monkeypatch.setattr(stand_in, "_has_bfloat16", lambda device: True)
+
+
+@pytest.mark.usefixtures("able")
 def test_bfloat16_within_sees_small_perturbations_and_tells_logits_in_full() -> None:
     """Ends are exact: a step far below bfloat16's own changes the logits, by what the network says within 2 %."""
     model = trained(ConvNet(shape=(3, 16, 16), classes=5, width=8, batch_norm=True), (3, 16, 16))
@@ -109,6 +116,7 @@ def test_bfloat16_within_sees_small_perturbations_and_tells_logits_in_full() -> 
     assert next(model.parameters()).dtype == torch.float32
 
 
+@pytest.mark.usefixtures("able")
 def test_narrowing_what_takes_no_bfloat16_falls_back_on_autocast() -> None:
     class Stubborn(nn.Module):
         """Insists on float32 between its layers."""
@@ -129,6 +137,16 @@ def test_narrowing_what_takes_no_bfloat16_falls_back_on_autocast() -> None:
     assert next(model.parameters()).dtype == torch.float32
 
 
+def test_machines_without_bfloat16_and_models_in_float64_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = MLP(shape=(4,), classes=3, hidden=(8, 8)), torch.rand(5, 4)
+    monkeypatch.setattr(stand_in, "_has_bfloat16", lambda device: True)
+    assert narrowed(model, x) is not model
+    assert narrowed(model.double(), x.double()) is model
+    monkeypatch.setattr(stand_in, "_has_bfloat16", lambda device: False)
+    assert narrowed(model.float(), x) is model
+
+
+@pytest.mark.usefixtures("able")
 def test_narrowing_one_layer_changes_nothing() -> None:
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)), torch.rand(5, 2, 3)
     torch.testing.assert_close(narrowed(model, x)(x), model(x), rtol=0, atol=0)

@@ -48,12 +48,15 @@ def narrowed(model: nn.Module, x: Tensor) -> nn.Module:
 
     A step of bfloat16 at 0.5 is an eighth of 8/255, and logits in bfloat16 have three digits: rounding the input and
     the output would hide what a search looks for. Where such a copy cannot run (layers that do not take bfloat16
-    beside float32), autocast does what it can.
+    beside float32), autocast does what it can. A model that is not in float32, and any on a machine that has no
+    arithmetic of its own for bfloat16, where all this would be slower, is returned as it is.
 
     Args:
         model: as `fused` returns it; left as it is.
-        x: (B, ...) inputs to try it on.
+        x: (B, ...) inputs to try it on, float32.
     """
+    if x.dtype != torch.float32 or not _has_bfloat16(x.device):
+        return model
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     with borrowed(model), torch.no_grad():
         try:
@@ -66,6 +69,14 @@ def narrowed(model: nn.Module, x: Tensor) -> nn.Module:
         except Exception:  # whatever a network makes of other numbers than its own
             return _Autocast(model)
     return copy.eval().requires_grad_(False)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 itself, and does not emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 does not tell
+    return device.type == "cpu" and any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
 class _Narrow(nn.Module):
