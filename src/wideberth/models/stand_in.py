@@ -74,8 +74,8 @@ def narrowed(model: nn.Module, x: Tensor) -> nn.Module:
 def _has_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 itself, and does not emulate it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 does not tell
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 does not tell
     return device.type == "cpu" and any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
