@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from wideberth import geometry, losses
 from wideberth.attacks.apgd import APGD, Ascent, checkpoints, l1_checkpoints, stages
-from wideberth.attacks.base import Problem
 from wideberth.attacks.gradient import PGD
+from wideberth.attacks.state import Problem
 from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
 from wideberth.randomness import Noise

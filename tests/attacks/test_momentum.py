@@ -11,9 +11,9 @@ from attack_oracles import linear, network, predicted
 from torch import Tensor, nn
 
 from wideberth import geometry, losses
-from wideberth.attacks.base import Problem
 from wideberth.attacks.gradient import PGD, ScaledStep
 from wideberth.attacks.momentum import MIFGSM
+from wideberth.attacks.state import Problem
 from wideberth.checks import InputError, Norm
 from wideberth.randomness import Noise
 

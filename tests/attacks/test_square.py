@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from wideberth import geometry, losses
 from wideberth.attacks import PGD, Problem, Square, windows
-from wideberth.attacks.base import Enclosed, State
 from wideberth.attacks.square import _moved, _shortened
+from wideberth.attacks.state import Enclosed, State
 from wideberth.checks import Box, InputError, Norm
 from wideberth.randomness import Noise
 

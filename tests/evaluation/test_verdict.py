@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from wideberth import losses
 from wideberth.attacks import PGD, PMA, Attack, Stage
-from wideberth.attacks.base import Problem
 from wideberth.attacks.schedule import Schedule
+from wideberth.attacks.state import Problem
 from wideberth.checks import InputError
 from wideberth.evaluation import evaluate
 from wideberth.randomness import Noise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import wideberth as wb
-from wideberth.attacks.base import Problem
+from wideberth.attacks.state import Problem
 from wideberth.losses import Loss
 from wideberth.randomness import Noise
 from wideberth.training.module import Batch

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
+from wideberth.attacks.state import Problem, State
 from wideberth.checks import Box, InputError, Norm
 from wideberth.losses import Loss
 from wideberth.modes import Mode, borrowed
@@ -35,172 +36,6 @@ class Adversarial:
     success: Tensor | None
     survived: Tensor
     evaluations: Tensor
-
-
-class Rows:
-    """A dataclass of tensors whose first axis is the row: rows can leave it, and others join."""
-
-    def rows(self, where: Tensor) -> Self:
-        """The part of the rows `where` (bool or indices); what is no tensor is of all rows, and stays."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return replace(self, **{name: _rows(part, where) for name, part in parts.items()})  # type: ignore[type-var]
-
-    def joined(self, other: Self) -> Self:
-        """These rows, and then those of `other`."""
-        parts = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}  # type: ignore[arg-type]
-        return replace(self, **{name: _joined(*pair) for name, pair in parts.items()})  # type: ignore[type-var]
-
-    def to(self, device: torch.device) -> Self:
-        """The same rows on another device."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return replace(self, **{name: _moved(part, device) for name, part in parts.items()})  # type: ignore[type-var]
-
-
-def _moved(part: Any, device: torch.device) -> Any:
-    if isinstance(part, Noise):
-        return Noise(part.index.to(device), part.seed, _moved(part.draw, device))
-    return part.to(device) if isinstance(part, Tensor) else part
-
-
-def _rows(part: Any, where: Tensor) -> Any:
-    if isinstance(part, Tensor):
-        return part[where]
-    if isinstance(part, Noise):
-        draw = part.draw[where] if isinstance(part.draw, Tensor) else part.draw
-        return Noise(part.index[where], part.seed, draw)
-    return part
-
-
-def _joined(part: Any, other: Any) -> Any:
-    if isinstance(part, Tensor):
-        return torch.cat([part, other])
-    if isinstance(part, Noise):
-        draw = part.draw
-        if isinstance(draw, Tensor):
-            draw = torch.cat([draw, other.draw])
-        return Noise(torch.cat([part.index, other.index]), part.seed, draw)
-    return part
-
-
-@dataclass(frozen=True)
-class Problem(Rows):
-    """One batch to attack, row by row.
-
-    Attributes:
-        x: (B, ...) inputs.
-        y: (B,) labels, which are to be left.
-        eps: (B,) radii; infinite where a minimum-norm attack is to find the smallest.
-        noise: each row's random stream.
-        target: (B,) classes to steer to, or None.
-        strict: whether only the target counts as success; a verdict's targeted runs are content with any mistake.
-    """
-
-    x: Tensor
-    y: Tensor
-    eps: Tensor
-    noise: Noise
-    target: Tensor | None = None
-    strict: bool = True
-
-    def achieved(self, logits: Tensor) -> Tensor:
-        """Whether these logits (B, K) are what the attack wants, (B,) bool."""
-        if self.target is None or not self.strict:
-            return losses.misclassified(logits, self.y)
-        return losses.predictions(logits) == self.target
-
-    def loss(self, loss: Loss) -> Callable[[Tensor], Tensor]:
-        """The loss to ascend, of the logits: the given one, or its form that steers to the target."""
-        y, target = self.y, self.target
-        if target is None:
-            return lambda logits: loss(logits, y)
-        if self.strict:
-            return lambda logits: -loss(logits, target)
-        return lambda logits: losses.towards(loss)(logits, y, target)
-
-
-@dataclass(frozen=True)
-class State(Rows):
-    """Where a run stands; every tensor's first axis is the row. Attacks extend it with what they remember.
-
-    Attributes:
-        point: (B, ...) where the model is asked next.
-        kept: (B, ...) what the run would return now.
-        value: (B,) how good `kept` is, higher = better: the loss there, or minus its distance of a minimum-norm attack.
-        broken: (B,) bool, whether `kept` achieves the goal within its radius.
-        survived: (B,) int64, points asked about before the first that achieves the goal.
-        iteration: (B,) int64, steps taken.
-        spent: (B,) int64, forwards plus backwards.
-    """
-
-    point: Tensor
-    kept: Tensor
-    value: Tensor
-    broken: Tensor
-    survived: Tensor
-    iteration: Tensor
-    spent: Tensor
-
-    @classmethod
-    def at(cls, problem: Problem, point: Tensor, **own: Any) -> Self:
-        """The state of a run that begins at `point` (B, ...) and has asked nothing yet."""
-        none = torch.zeros_like(problem.y, dtype=torch.int64)
-        value = torch.full_like(problem.eps, float("-inf"))
-        return cls(point, point, value, none.bool(), none, none, none, **own)
-
-    def after(self, problem: Problem, logits: Tensor, value: Tensor, cost: int) -> Self:
-        """The state after the model's answer about `point`, which is kept if it is better than what was.
-
-        Better is what achieves the goal, and among equals the higher loss.
-
-        Args:
-            problem: the rows.
-            logits: (B, K) at `point`.
-            value: (B,) loss there.
-            cost: forwards plus backwards that the answer took.
-        """
-        now, value = problem.achieved(logits), value.to(self.value.dtype)
-        better = (now & ~self.broken) | ((now == self.broken) & (value > self.value))
-        return replace(
-            self,
-            kept=geometry.choose(better, self.point, self.kept),
-            value=torch.where(better, value, self.value),
-            broken=self.broken | now,
-            # A row that has survived every look so far, and this one.
-            survived=self.survived + (~now & (self.survived == self.iteration)),
-            iteration=self.iteration + 1,
-            spent=self.spent + cost,
-        )
-
-
-S = TypeVar("S", bound=State)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Enclosed(State):
-    """A state that knows between which faces all points lie, where ball and box together are a box: in linf.
-
-    Attributes:
-        low: (B, ...) the least point; None in the other norms.
-        high: (B, ...) the greatest.
-    """
-
-    low: Tensor | None = None
-    high: Tensor | None = None
-
-    @classmethod
-    def within(cls, problem: Problem, point: Tensor, norm: Norm, box: Box, **own: Any) -> Self:
-        """The state of a run that begins at `point` (B, ...) of the ball of that norm and the box."""
-        faces = geometry.faces(problem.x, problem.eps, box) if norm == "linf" else (None, None)
-        return cls.at(problem, point, low=faces[0], high=faces[1], **own)
-
-    def moved(self, problem: Problem, origin: Tensor, move: Tensor, norm: Norm, box: Box) -> Tensor:
-        """Where `move` leads from `origin` (B, ...), brought back into ball and box, (B, ...)."""
-        if self.low is None:
-            wide = problem.eps.dtype
-            delta = (origin.to(wide) - problem.x.to(wide)) + move
-            return geometry.place(problem.x, delta, problem.eps, norm, box)
-        # The faces were rounded towards x: a clamp is enough, at a fifth of the cost of `place`.
-        return (origin + move).to(origin.dtype).clamp_(self.low, self.high)
 
 
 def input_gradient(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, Problem, State, input_gradient
+from wideberth.attacks.base import Attack, input_gradient
 from wideberth.attacks.minimum_norm import farthest, nearer, one_run
+from wideberth.attacks.state import Problem, State
 from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry
-from wideberth.attacks.base import Attack, Problem, State
+from wideberth.attacks.base import Attack
 from wideberth.attacks.linear import Plane, class_gradients, goals, land, nearest_plane
 from wideberth.attacks.minimum_norm import nearer
+from wideberth.attacks.state import Problem, State
 from wideberth.losses import Loss
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, Enclosed, Keep, Problem, S, State, input_gradient
+from wideberth.attacks.base import Attack, Keep, input_gradient
+from wideberth.attacks.state import Enclosed, Problem, S, State
 from wideberth.geometry import Start
 from wideberth.losses import Loss
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import geometry, hyperplanes
-from wideberth.attacks.base import Problem
+from wideberth.attacks.state import Problem
 from wideberth.checks import Box, InputError, Norm
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, Enclosed, Problem, State, input_gradient
+from wideberth.attacks.base import Attack, input_gradient
+from wideberth.attacks.state import Enclosed, Problem, State
 from wideberth.losses import Loss
 
 

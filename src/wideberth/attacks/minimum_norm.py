@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wideberth import checks, geometry
-from wideberth.attacks.base import Problem, S
+from wideberth.attacks.state import Problem, S
 from wideberth.checks import Box, InputError, Norm
 
 _SLACK = 5e-7

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry
-from wideberth.attacks.base import Enclosed, Problem, State, input_gradient
+from wideberth.attacks.base import input_gradient
 from wideberth.attacks.gradient import PGD, ScaledStep
+from wideberth.attacks.state import Enclosed, Problem, State
 from wideberth.geometry import Start
 from wideberth.losses import Loss
 

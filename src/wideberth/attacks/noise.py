@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, Problem, State
+from wideberth.attacks.base import Attack
+from wideberth.attacks.state import Problem, State
 from wideberth.losses import Loss
-
-S = TypeVar("S", bound=State)
-
-
-def seen(problem: Problem, state: S, logits: Tensor, value: Tensor, cost: int, first: bool = False) -> S:
-    """The state after a look at `state.point`, which is kept if it is the worst so far.
-
-    Args:
-        problem: the rows.
-        state: before the look.
-        logits: (B, K) there.
-        value: (B,) the loss there.
-        cost: forwards and backwards that the look took.
-        first: keep the first point that achieves the goal, rather than the one of highest loss that does.
-    """
-    now, value = problem.achieved(logits), value.to(state.value.dtype)
-    better = now & ~state.broken
-    if first:
-        better = better | (~state.broken & (value > state.value))
-    else:
-        better = better | ((now == state.broken) & (value > state.value))
-    return replace(
-        state,
-        kept=geometry.choose(better, state.point, state.kept),
-        value=torch.where(better, value, state.value),
-        broken=state.broken | now,
-        survived=state.survived + (~now & (state.survived == state.iteration)),
-        iteration=state.iteration + 1,
-        spent=state.spent + cost,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +56,7 @@ class RandomNoise(Attack):
         with torch.no_grad():
             logits = model(state.point)
             value = problem.loss(self.loss if loss is None else loss)(logits)
-        state = seen(problem, state, logits, value, cost=1, first=self.keep == "first_flip")
+        state = state.after(problem, logits, value, cost=1, first=self.keep == "first_flip")
         return replace(state, point=self._drawn(problem, state.iteration))
 
     def _drawn(self, problem: Problem, iteration: Tensor) -> Tensor:

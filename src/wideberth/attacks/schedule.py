@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from wideberth.attacks.base import Attack, Problem, State
+from wideberth.attacks.base import Attack
+from wideberth.attacks.state import Problem, State
 
 REFILL = 8
 """Slots are refilled when one in so many is free: joining rows one by one would cost more than it brings."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, Problem, State, input_gradient
+from wideberth.attacks.base import Attack, input_gradient
 from wideberth.attacks.gradient import ScaledStep
-from wideberth.attacks.noise import seen
+from wideberth.attacks.state import Problem, State
 from wideberth.checks import Box, InputError
 from wideberth.geometry import Start
 from wideberth.losses import Loss
@@ -132,7 +132,7 @@ class Spatial(Attack):
         with torch.no_grad():
             logits = model(state.point)
             value = problem.loss(self.loss if loss is None else loss)(logits)
-        state = seen(problem, state, logits, value, cost=1)
+        state = state.after(problem, logits, value, cost=1)
         return replace(state, point=self._transformed(problem, state.iteration))
 
     def _shares(self, problem: Problem, iteration: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class Flow(Attack):
         stride = geometry.column(geometry.per_sample(size, flow), flow)
         moved = state.flow + stride * geometry.steepest(uphill.nan_to_num(nan=0.0), "linf")
         moved = self._inside(problem, geometry.project(moved, problem.eps, "linf"))
-        state = seen(problem, state, logits, value, cost=2)
+        state = state.after(problem, logits, value, cost=2)
         return replace(state, point=self._flown(problem, moved), flow=moved)
 
     def _inside(self, problem: Problem, flow: Tensor) -> Tensor:

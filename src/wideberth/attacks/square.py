@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
 from wideberth.attacks import windows
-from wideberth.attacks.base import Attack, Enclosed, Problem, State
+from wideberth.attacks.base import Attack
+from wideberth.attacks.state import Enclosed, Problem, State
 from wideberth.checks import Norm
 from wideberth.losses import Loss
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, Problem, State, input_gradient
-from wideberth.attacks.noise import seen
+from wideberth.attacks.base import Attack, input_gradient
 from wideberth.attacks.spatial import images_only
+from wideberth.attacks.state import Problem, State
 from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
 
@@ -128,7 +128,7 @@ class Wasserstein(Attack):
         delta = (ball.carried(potential, price) - mass) * unit
         found = geometry.inward(problem.x, delta).clamp(*self.box)
         still = dark | geometry.column(problem.eps == 0, x)
-        state = seen(problem, state, logits, value, cost=2)
+        state = state.after(problem, logits, value, cost=2)
         return replace(state, point=torch.where(still, problem.x, found), potential=potential, price=price)
 
 

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wideberth import geometry, losses
-from wideberth.attacks.base import Attack, Problem
+from wideberth.attacks.base import Attack
 from wideberth.attacks.schedule import Left, Schedule
+from wideberth.attacks.state import Problem
 from wideberth.attacks.suites import Stage
 from wideberth.checks import Box, InputError, Norm
 from wideberth.evaluation.verify import TOLERANCE, inside, judging

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wideberth import losses
-from wideberth.attacks.base import Adversarial, Attack, Problem
+from wideberth.attacks.base import Adversarial, Attack
+from wideberth.attacks.state import Problem
 from wideberth.checks import Box, InputError
 from wideberth.data.augment import Augmentation
 from wideberth.losses import Loss

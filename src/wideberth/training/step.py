@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import losses
-from wideberth.attacks.base import Adversarial, Problem
+from wideberth.attacks.base import Adversarial
+from wideberth.attacks.state import Problem
 from wideberth.losses import Loss
 from wideberth.modes import Mode, borrowed
 from wideberth.randomness import Noise
