@@ -134,8 +134,7 @@ class RobustTraining(L.LightningModule):
         x_adv = self.perturb(step, eps)
         penalty = self.penalty(step, x_adv)  # first, since its graph is gone before the objective builds its own
         payment = self.objective.pay(step, x_adv)
-        weights = self.weighting.weigh(step, payment)
-        loss = (weights * payment.losses).mean() + penalty
+        loss = payment.total(self.weighting.weigh(step, payment)).mean() + penalty
         if self.radius.needs_adversary and payment.adversarial_logits is None:
             name = type(self.objective).__name__
             raise InputError(f"objective={name}: gave no adversarial logits, from which the radii are to be learned")
@@ -165,7 +164,8 @@ class RobustTraining(L.LightningModule):
         """The worst points found, (B, ...); the inputs themselves where nothing may or need be moved."""
         if not self.objective.adversarial or isinstance(self.radius, Zero):
             return step.x
-        return step.attack(eps).x
+        step.found = step.attack(eps)
+        return self.radius.settle(step, step.found.x)
 
     def penalty(self, step: Step, x_adv: Tensor) -> Tensor:
         """The weighted sum of the regularizers' means, ()."""

@@ -18,14 +18,21 @@ class Payment:
     """What a batch pays, and the logits (B, K) the objective saw on the way (None: it did not look there).
 
     Attributes:
-        losses: (B,) per sample, with graph.
+        losses: (B,) per sample, with graph: what a weighting weighs.
         clean_logits: at the clean inputs, in train mode.
         adversarial_logits: at the adversarial inputs, in train mode.
+        unweighted: (B,) per sample, with graph: what is paid besides, whatever the sample's weight; None: nothing.
     """
 
     losses: Tensor
     clean_logits: Tensor | None = None
     adversarial_logits: Tensor | None = None
+    unweighted: Tensor | None = None
+
+    def total(self, weights: Tensor) -> Tensor:
+        """What each sample pays, (B,), with the samples' weights (B,)."""
+        weighed = weights * self.losses
+        return weighed if self.unweighted is None else weighed + self.unweighted
 
 
 class Objective(ABC):
@@ -74,6 +81,8 @@ class TRADES(Objective):
         inner: what the attack ascends. "kl": the KL term, as TRADES does. "attack": the attack's own loss, as
             TRADES-EMR does (cross-entropy there).
 
+    A weighting weighs the KL term alone, as in MAIL-TRADES: every sample pays for its clean prediction.
+
     What we do differently: one clean forward serves both terms, where the original makes two; batch-norm statistics
     see clean and adversarial batches once each. The attack's constant p(x) is computed once, not at every step.
     """
@@ -96,5 +105,5 @@ class TRADES(Objective):
     def pay(self, step: Step, x_adv: Tensor) -> Payment:
         """CE(z(x), y) + beta * KL(p(x) || p(x_adv)), gradients through both arguments."""
         clean, adversarial = step.model(step.x), step.model(x_adv)
-        paid = losses.cross_entropy(clean, step.y) + self.beta * losses.kl_divergence(clean, adversarial)
-        return Payment(paid, clean, adversarial)
+        drift = self.beta * losses.kl_divergence(clean, adversarial)
+        return Payment(drift, clean, adversarial, unweighted=losses.cross_entropy(clean, step.y))

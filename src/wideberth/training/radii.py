@@ -47,6 +47,11 @@ class Radius(nn.Module, ABC):
     def propose(self, step: Step) -> Tensor:
         """The radius of each sample of the batch, (B,) >= 0."""
 
+    def settle(self, step: Step, x_adv: Tensor) -> Tensor:
+        """The points to train on, (B, ...), given those that the attack found; most policies take them as they are."""
+        del step
+        return x_adv
+
     def observe(self, step: Step, adversarial_logits: Tensor) -> None:
         """Learn from the logits (B, K) at the adversarial points, which the objective has computed anyway."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -32,6 +32,9 @@ class Step:
         noise: one random stream per row, of this epoch.
         attack_mode: the mode in which the model is attacked and its clean prediction read.
         craft: the training attack.
+        attack_loss: what it ascends; None: its own loss.
+        found: what the attack found that the batch is trained on; None where nothing was attacked.
+        near: (B,) bool, whether a boundary was found near enough to be trained on, for policies that look for one.
     """
 
     model: nn.Module
@@ -43,7 +46,9 @@ class Step:
     noise: Noise
     attack_mode: Mode
     craft: Craft
-    attack_loss: Loss | None = field(default=None)
+    attack_loss: Loss | None = None
+    found: Adversarial | None = None
+    near: Tensor | None = None
 
     @cached_property
     def clean_logits(self) -> Tensor:
