@@ -145,6 +145,24 @@ def test_linf_points_are_corners_of_ball_and_box_and_no_query_is_wasted(shape: t
     torch.testing.assert_close(state.low, (given.x - 0.1).clamp(0, 1), rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize(("channels", "asked"), [(1, 2 / 3), (3, 8 / 9)])
+def test_queries_that_would_repeat_the_incumbent_count_without_being_asked(channels: int, asked: float) -> None:
+    """Where faces are random, a window's are the incumbent's in all channels once in 2 ** channels."""
+    attack = Square(queries=600)
+    given, state = begun(attack, (channels, 12, 12), batch=32)
+    model = indifferent(channels * 144)
+    steps = 0
+    while bool((state.iteration < attack.rounds).any()):
+        before = state
+        state = attack.step(model, given, state)
+        steps += 1
+        over = before.iteration >= attack.rounds
+        assert torch.equal(state.kept[over], before.kept[over])
+        assert torch.equal(state.survived[over], before.survived[over])
+    assert steps / 600 == pytest.approx(asked, abs=0.06)
+    assert float(state.survived.double().mean()) / 600 == pytest.approx(asked, abs=0.03)
+
+
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_bumps_have_unit_norm_and_hills_of_opposite_sign(norm: Norm) -> None:
     for rows, columns in ((1, 1), (1, 4), (5, 1), (3, 3), (6, 7), (29, 29)):

@@ -116,6 +116,43 @@ def test_bfloat16_within_sees_small_perturbations_and_tells_logits_in_full() -> 
     assert next(model.parameters()).dtype == torch.float32
 
 
+class Forms(nn.Module):
+    """ReLUs written in every way after convolutions; the third convolution's answer is also used without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+        self.relu, self.head = nn.ReLU(), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two, three, four = self.convolutions
+        x = self.relu(one(x))
+        x = nn.functional.relu(two(x))
+        answer = three(x)
+        x = answer + answer.relu()
+        return self.head(four(x).relu().mean((2, 3)))
+
+
+@pytest.mark.usefixtures("able")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_rectifiers_join_their_convolutions_and_nothing_changes(at_once: bool) -> None:
+    torch.manual_seed(0)
+    model = Forms()
+    x = torch.rand(5, 3, 12, 12)
+    copy = narrowed(fused(model, x), x)
+    taken = [part for part in copy.modules() if getattr(part, "rectified", False)]
+    assert len(taken) == 3, "the third is used without its ReLU too"
+    for part in taken:
+        part.at_once = part.at_once and at_once
+    point = x.clone().requires_grad_()
+    logits, expected = copy(point), model(point)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.02 * float(expected.detach().abs().max()))
+    (found,) = torch.autograd.grad(logits[:, 0].sum(), point)
+    (gradient,) = torch.autograd.grad(expected[:, 0].sum(), point)
+    alike = nn.functional.cosine_similarity(found.flatten(1), gradient.flatten(1))
+    assert alike.min() > 0.98
+
+
 @pytest.mark.usefixtures("able")
 def test_narrowing_what_takes_no_bfloat16_falls_back_on_autocast() -> None:
     class Stubborn(nn.Module):

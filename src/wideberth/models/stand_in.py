@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from wideberth.modes import borrowed
 
@@ -61,10 +63,12 @@ def narrowed(model: nn.Module, x: Tensor) -> nn.Module:
     with borrowed(model), torch.no_grad():
         try:
             copy = deepcopy(model)
+            rectified = _take_rectifiers(copy, layers[:-1])
             for name in layers:
-                kind = _Last if name == layers[-1] else _First if name == layers[0] else _Narrow
-                parent, _, leaf = name.rpartition(".")
-                setattr(copy.get_submodule(parent), leaf, kind(copy.get_submodule(name)))
+                layer, (parent, _, leaf) = copy.get_submodule(name), name.rpartition(".")
+                kind = _First if name == layers[0] else _Narrow
+                narrow = _Last(layer) if name == layers[-1] else kind(layer, name in rectified)
+                setattr(copy.get_submodule(parent), leaf, narrow)
             copy(x)
         except Exception:  # whatever a network makes of other numbers than its own
             return _Autocast(model)
@@ -79,35 +83,91 @@ def _has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
-class _Narrow(nn.Module):
-    """A layer in bfloat16."""
+def _take_rectifiers(model: nn.Module, layers: list[str]) -> set[str]:
+    """Take the ReLUs that alone follow one of these convolutions out of a traced model; returns which those are."""
+    taken: set[str] = set()
+    if not isinstance(model, fx.GraphModule):
+        return taken
+    called = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+    for node in list(model.graph.nodes):
+        name = str(node.target)
+        if node.op != "call_module" or name not in layers or len(node.users) != 1 or called.count(name) != 1:
+            continue
+        (follower,) = node.users
+        if isinstance(model.get_submodule(name), nn.Conv2d) and _is_rectifier(model, follower):
+            follower.replace_all_uses_with(node)
+            model.graph.erase_node(follower)
+            taken.add(name)
+    model.recompile()
+    return taken
 
-    def __init__(self, layer: nn.Module) -> None:
+
+def _is_rectifier(model: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(model.get_submodule(str(node.target))) is nn.ReLU
+    return (node.op == "call_function" and node.target in (F.relu, torch.relu)) or (
+        node.op == "call_method" and node.target == "relu"
+    )
+
+
+class _Rectified(torch.autograd.Function):
+    """A convolution and its ReLU in one pass through memory (oneDNN's), with the gradient in the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Conv2d) -> Tensor:
+        settings = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+        output: Tensor = torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *settings, "relu", [], "")
+        ctx.save_for_backward(x, output)
+        ctx.layer = layer
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, output), layer = ctx.saved_tensors, ctx.layer
+        passed = torch.ops.aten.threshold_backward(gradient, output, 0)
+        settings = (list(layer.stride), list(layer.padding), list(layer.dilation), False, [0, 0], layer.groups)
+        found = torch.ops.aten.convolution_backward(passed, x, layer.weight, None, *settings, (True, False, False))
+        return found[0], None
+
+
+class _Narrow(nn.Module):
+    """A layer in bfloat16, with the ReLU that follows it if `rectified`."""
+
+    def __init__(self, layer: nn.Module, rectified: bool = False) -> None:
         super().__init__()
-        self.layer = layer.to(torch.bfloat16)
+        self.layer, self.rectified = layer.to(torch.bfloat16), rectified
+        self.at_once = rectified and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
+        able = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        self.at_once &= able and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.layer(x.to(torch.bfloat16))
-        return found
+        return self.answer(x.to(torch.bfloat16))
+
+    def answer(self, x: Tensor) -> Tensor:
+        """What the layer makes of inputs in bfloat16."""
+        if self.at_once and x.device.type == "cpu":
+            fused: Tensor = _Rectified.apply(x, self.layer)
+            return fused
+        found: Tensor = self.layer(x)
+        return F.relu(found) if self.rectified else found
 
 
 class _First(_Narrow):
     """The first layer in bfloat16, on twice as many channels: the input rounded, and what rounding took from it."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, rectified: bool = False) -> None:
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         twice = torch.cat([layer.weight, layer.weight], 1)
         if isinstance(layer, nn.Conv2d):
             twice = twice.contiguous(memory_format=torch.channels_last)
         layer.weight = nn.Parameter(twice, requires_grad=False)
-        super().__init__(layer)
+        super().__init__(layer, rectified)
         self.axis = 1 if isinstance(layer, nn.Conv2d) else -1
 
     def forward(self, x: Tensor) -> Tensor:
         rounded = x.to(torch.bfloat16)
         # One of the two passes the gradient on: it is the same for both.
-        found: Tensor = self.layer(torch.cat([rounded, (x - rounded).detach().to(torch.bfloat16)], self.axis))
-        return found
+        return self.answer(torch.cat([rounded, (x - rounded).detach().to(torch.bfloat16)], self.axis))
 
 
 class _Last(nn.Module):
