@@ -38,6 +38,13 @@ def at_least(name: str, value: float, least: float) -> None:
         raise InputError(f"{name}={value}: must be at least {least}")
 
 
+def share(name: str, value: float) -> None:
+    """Refuse a number outside [0, 1] or not a number (`InputError`)."""
+    at_least(name, value, 0)
+    if value > 1:
+        raise InputError(f"{name}={value}: a share, must be in [0, 1]")
+
+
 def valid_box(box: Sequence[float]) -> None:
     """Refuse a box that is not (low, high) with low < high (`InputError`)."""
     if len(box) != 2 or not box[0] < box[1]:

@@ -168,5 +168,7 @@ def _arguments(value: Any) -> dict[str, Any]:
 
 
 def _is_configuration(item: Any) -> bool:
-    """Arrays, networks and bound methods are content, not configuration."""
-    return not (inspect.ismethod(item) or hasattr(item, "__array__") or hasattr(item, "state_dict"))
+    """Arrays, networks and bound methods are content, not configuration; classes of networks are not content."""
+    return inspect.isclass(item) or not (
+        inspect.ismethod(item) or hasattr(item, "__array__") or hasattr(item, "state_dict")
+    )

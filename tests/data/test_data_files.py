@@ -18,7 +18,18 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from wideberth.checks import InputError
-from wideberth.data import CIFAR10, CIFAR100, MNIST, SVHN, Data, FashionMNIST, ImageFolders, ParquetImages, loader
+from wideberth.data import (
+    CIFAR10,
+    CIFAR100,
+    MNIST,
+    SVHN,
+    Data,
+    FashionMNIST,
+    ImageFolders,
+    ImageNet,
+    ParquetImages,
+    loader,
+)
 
 Picture = Callable[..., Image.Image]
 
@@ -229,6 +240,90 @@ def test_bad_folders_are_refused(tmp_path: Path, picture: Picture) -> None:
     (tmp_path / "c" / "train" / "ants" / "1.png").write_bytes(b"not an image")
     refused(ImageFolders(root, size=5).train().tensors, "ants/1.png: cannot decode this image")
     refused(lambda: ImageFolders(root, size=0), "size=0: must be at least 1")
+
+
+def test_row_limits_of_folders_take_a_fixed_sample_of_all_classes(tmp_path: Path, picture: Picture) -> None:
+    for label in range(10):
+        for part in ("train", "test"):
+            (tmp_path / part / f"{label}").mkdir(parents=True)
+            for i in range(4):
+                picture(i, 4, 4).save(tmp_path / part / f"{label}" / f"{i}.png")
+    few, more = (ImageFolders(str(tmp_path), 4, train_rows=n, test_rows=n).test().rows for n in (8, 20))
+    assert torch.equal(few, few.sort().values)
+    assert set(few.tolist()) < set(more.tolist())
+    limited = ImageFolders(str(tmp_path), 4, train_rows=20, validation=4)
+    assert len(limited.train().labels.unique()) >= 6
+    assert len(limited.train()) == 16
+    assert torch.equal(ImageFolders(str(tmp_path), 4).test().rows, torch.arange(40))
+    refused(ImageFolders(str(tmp_path), 4, test_rows=41).test, "test_rows=41: ImageFolders has 40 test rows")
+
+
+# ImageNet
+
+
+def imagenet(root: Path, picture: Picture, height: int = 20, width: int = 30) -> str:
+    for part in ("train", "val"):
+        for label, wnid in enumerate(("n01440764", "n01443537")):
+            (root / part / wnid).mkdir(parents=True)
+            for i in range(3):
+                picture(10 * label + i, height, width).save(root / part / wnid / f"{part}_{i}.JPEG", format="PNG")
+    (root / "test").mkdir()  # the unlabelled images
+    picture(0).save(root / "test" / "ILSVRC2012_test_1.JPEG", format="PNG")
+    return str(root)
+
+
+def test_imagenet_crops_the_centre_of_enlarged_test_images_alone(tmp_path: Path, picture: Picture) -> None:
+    # 14 of 16 pixels of the shorter side of 16: nothing is resized in the test, and the crop is known.
+    data = ImageNet(imagenet(tmp_path, picture, 16, 20), size=14)
+    assert (data.classes, data.shape) == (2, (3, 14, 14))
+    x, y, _ = data.test().tensors()
+    assert y.tolist() == [0, 0, 0, 1, 1, 1]
+    expected = np.asarray(picture(11, 16, 20))[1:15, 3:17]
+    assert np.array_equal((x[4] * 255).round().permute(1, 2, 0).numpy(), expected)
+    # Training images lose nothing of the shorter side.
+    train = (data.train().tensors()[0][4] * 255).round().permute(1, 2, 0).numpy()
+    resized = picture(11, 16, 20).resize((17, 14), Image.Resampling.BILINEAR)
+    assert np.abs(train - np.asarray(resized, dtype=np.float32)[:, 2:16]).max() <= 1
+    own = ImageNet(str(tmp_path), size=14, resize=14)
+    assert torch.equal(own.test().tensors()[0], own.train().tensors()[0])
+    assert ImageNet(str(tmp_path))._shorter == {True: 224, False: 256}
+
+
+def test_imagenet_tests_the_images_of_a_list_in_its_order(tmp_path: Path, picture: Picture) -> None:
+    root, file = imagenet(tmp_path, picture), tmp_path / "ids.txt"
+    file.write_text("n01443537/val_2.JPEG\nn01440764/val_0.JPEG\n\nn01443537/val_0.JPEG\n")
+    split = ImageNet(root, size=8, test_files=str(file)).test()
+    assert split.rows.tolist() == [5, 0, 3]
+    assert split.labels.tolist() == [1, 0, 1]
+    assert torch.equal(split.tensors()[0], ImageNet(root, size=8).test().tensors()[0][[5, 0, 3]])
+    limited = ImageNet(root, size=8, test_files=str(file), test_rows=2, train_rows=4)
+    assert limited.test().rows.tolist() == [5, 0]
+    assert len(limited.train()) == 4
+    refused(ImageNet(root, test_files=str(file), test_rows=4).test, "names 3 images, not 4")
+    file.write_text("n01443537/val_9.JPEG\n")
+    refused(ImageNet(root, test_files=str(file)).test, "test_files='.*ids.txt': there is no n01443537/val_9.JPEG in")
+    file.write_text("\n")
+    refused(ImageNet(root, test_files=str(file)).test, "names 0 images, not any")
+    refused(lambda: ImageNet(root, test_files="nowhere.txt"), "test_files='nowhere.txt': no such file")
+    refused(lambda: ImageNet(root, size=8, resize=7), "resize=7: must be at least 8")
+    (tmp_path / "val").rename(tmp_path / "validation")
+    refused(lambda: ImageNet(root), "has no folder")
+
+
+def test_a_config_names_imagenet_and_its_crops() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--data", type=Data)
+    words = ["--data=wideberth.data.ImageNet", "--data.root=imagenet", "--data.test_rows=5000", "--data.validation=10"]
+    assert parser.parse_args(words).data.init_args.as_dict() == {
+        "root": "imagenet",
+        "size": 224,
+        "resize": None,
+        "test_files": None,
+        "train_rows": None,
+        "test_rows": 5000,
+        "validation": 10,
+        "validation_seed": 0,
+    }
 
 
 # from a configuration

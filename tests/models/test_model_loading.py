@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,10 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wideberth.checks import InputError
+from wideberth.configuration import describe
 from wideberth.models import (
     MLP,
     ConvNet,
+    MadryMNIST,
+    Normalize,
     PreActResNet18,
+    SmallCNN,
     Torchvision,
     WideResNet,
     build,
@@ -92,12 +97,13 @@ def run(tmp_path: Path) -> Path:
         lambda: ConvNet((3, 8, 8), width=4, mean=(0.5,) * 3, std=(0.2,) * 3),
         lambda: PreActResNet18((3, 8, 8), width=2).to(memory_format=torch.channels_last),
         lambda: WideResNet(10, 1).to(torch.bfloat16),
+        lambda: ConvNet((3, 8, 8), width=4, activation="smooth_relu", head="mahalanobis"),
         Tied,
     ],
 )
 def test_weights_make_the_round_trip(make: Any, tmp_path: Path) -> None:
     saved, loaded = make(), make()
-    if isinstance(saved, ConvNet):
+    if isinstance(saved, ConvNet) and isinstance(saved.normalize, Normalize):
         saved.normalize.mean.fill_(0.25)
     assert not same(saved, loaded)
     save_weights(saved, tmp_path / "deep" / "model.safetensors")
@@ -213,6 +219,16 @@ def test_build_finds_bare_names_paths_and_nested_models(monkeypatch: pytest.Monk
         ("PreActResNet18", {"shape": [1, 8, 8], "width": 2, "activation": "torch.nn.Softplus(beta=10)"}),
         ("WideResNet", {"depth": 10, "factor": 1, "classes": 3}),
         ("Torchvision", {"name": "squeezenet1_1", "classes": 3}),
+        ("MLP", {"shape": [8], "head": "cosine", "hidden": [4]}),
+        ("ConvNet", {"shape": [3, 8, 8], "width": 4, "head": "wideberth.models.CosineHead(scale=10)"}),
+        ("PreActResNet18", {"shape": [1, 8, 8], "width": 2, "head": "mahalanobis(radius=5)"}),
+        ("MLP", {"head": {"class_path": "wideberth.models.CosineHead", "init_args": {"scale": 3}}}),
+        ("MLP", {"activation": {"class_path": "torch.nn.Softplus", "init_args": {"beta": 3}}}),
+        ("WideResNet", {"depth": 10, "factor": 1, "shortcut": "pool", "activation": "leaky_relu"}),
+        ("IAATWideResNet", {"depth": 8, "factor": 1, "shape": [3, 8, 8]}),
+        ("MadryMNIST", {"shape": [1, 8, 8], "width": 2, "hidden": 12, "head": "cosine"}),
+        ("SmallCNN", {"shape": [1, 16, 16], "width": 2, "hidden": 12, "dropout": 0.1}),
+        ("Torchvision", {"name": "resnet18", "classes": 3, "small_images": True, "channels": 1, "head": "cosine"}),
     ],
 )
 def test_the_command_line_builds_what_its_written_configuration_rebuilds(
@@ -263,6 +279,41 @@ def test_a_run_directory_loads(run: Path) -> None:
     fresh = build(TINY)
     load_weights(fresh, run / "model.safetensors")
     assert same(model, fresh)
+
+
+class Doubled(nn.Linear):
+    """A head of one's own."""
+
+    def __init__(self, features: int, classes: int, factor: float = 2.0) -> None:
+        super().__init__(features, classes)
+        self.factor = factor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.factor * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ConvNet((3, 8, 8), width=4, depth=1, head="wideberth.models.CosineHead(scale=10)"),
+        lambda: PreActResNet18((3, 8, 8), width=4, head="mahalanobis"),
+        lambda: WideResNet(10, 1, head=Doubled, activation="smooth_relu"),
+        lambda: SmallCNN((1, 16, 16), width=2, head=f"{__name__}.Doubled(factor=3)"),
+        lambda: MadryMNIST((1, 8, 8), width=2, hidden=12, head=f"{__name__}:Doubled"),
+        lambda: MLP((4,), activation=nn.GELU, head=partial(Doubled, factor=3)),
+        lambda: MLP((4,), activation=partial(nn.Softplus, beta=10)),
+    ],
+)
+def test_a_run_rebuilds_a_model_made_in_python_with_its_head(make: Any, tmp_path: Path) -> None:
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+    save_weights(model, tmp_path / "model.safetensors")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": describe(model)}))
+    rebuilt = load_model(str(tmp_path))
+    assert same(model, rebuilt)
+    x = torch.rand(2, *model.given_args[0]) if type(model) is not WideResNet else torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(x), rebuilt(x))
 
 
 def test_a_run_directory_loads_other_weights(run: Path) -> None:

@@ -12,7 +12,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import VisionTransformer
 
 from wideberth.checks import InputError
-from wideberth.models import MLP, ConvNet, Normalize, PreActResNet18, Torchvision, WideResNet, activation
+from wideberth.models import (
+    MLP,
+    ConvNet,
+    IAATWideResNet,
+    MadryMNIST,
+    Normalize,
+    PreActResNet18,
+    SmallCNN,
+    SmoothReLU,
+    Torchvision,
+    WideResNet,
+    activation,
+)
 from wideberth.models.layers import ACTIVATIONS
 from wideberth.models.libraries import LibraryModel
 
@@ -29,8 +41,22 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "preact grey": (lambda: PreActResNet18((1, 28, 28), width=4, activation="gelu"), (1, 28, 28)),
     "wrn": (lambda: WideResNet(10, 1, (3, 32, 32)), (3, 32, 32)),
     "wrn elu": (lambda: WideResNet(16, 2, (1, 8, 8), activation="elu", mean=(0.5,), std=(0.5,)), (1, 8, 8)),
+    "wrn pool": (lambda: WideResNet(10, 2, (3, 10, 7), activation="leaky_relu", shortcut="pool"), (3, 10, 7)),
+    "iaat": (lambda: IAATWideResNet(8, 1, (3, 9, 12), mean=RGB[0], std=RGB[1]), (3, 9, 12)),
+    "madry": (lambda: MadryMNIST((1, 9, 10), width=4, hidden=12), (1, 9, 10)),
+    "trades": (lambda: begun(SmallCNN((1, 16, 18), width=4, hidden=12)), (1, 16, 18)),
+    "mlp cosine": (lambda: MLP((1, 8, 8), hidden=(12,), head="cosine"), (1, 8, 8)),
+    "conv mahalanobis": (lambda: ConvNet((1, 8, 8), width=4, activation="smooth_relu", head="mahalanobis"), (1, 8, 8)),
+    "preact cosine": (lambda: PreActResNet18((3, 16, 16), width=4, head="cosine"), (3, 16, 16)),
+    "wrn mahalanobis": (lambda: WideResNet(10, 1, (1, 8, 8), head="mahalanobis"), (1, 8, 8)),
     "torchvision": (lambda: Torchvision("squeezenet1_1", 10), (3, 64, 64)),
 }
+
+
+def begun(net: SmallCNN) -> SmallCNN:
+    """As after a step: its logits are zero before."""
+    nn.init.normal_(net.head.weight, std=0.1)
+    return net
 
 
 @pytest.fixture(params=NETWORKS)
@@ -113,6 +139,10 @@ def test_channels_last_changes_nothing(network: tuple[nn.Module, torch.Tensor]) 
         (WideResNet, 46_160_474),
         (lambda: MLP((1, 28, 28)), 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10),
         (lambda: ConvNet((3, 32, 32), width=32), 288_298),
+        (lambda: WideResNet(shortcut="pool"), 46_160_474 - 16 * 160 - 160 * 320 - 320 * 640),
+        (IAATWideResNet, 46_090_740),
+        (MadryMNIST, 3_274_634),
+        (SmallCNN, 312_202),
     ],
 )
 def test_parameter_counts_are_the_published_ones(make: Callable[[], nn.Module], count: int) -> None:
@@ -134,6 +164,65 @@ def test_wide_resnet_starts_as_published() -> None:
     last = [module for module in net.modules() if isinstance(module, nn.Conv2d)][-1]
     assert float(last.weight.detach().std()) == pytest.approx((2 / (last.out_channels * 9)) ** 0.5, rel=0.02)
     assert not net.head.bias.any()
+
+
+def test_pooled_shortcuts_average_and_pad_with_zeros_on_both_sides() -> None:
+    net = WideResNet(10, 2, activation="leaky_relu", shortcut="pool").eval()
+    x = torch.randn(2, 64, 8, 6)
+    for block, inputs, stride in zip((s[0] for s in net.stages), (16, 32, 64), (1, 2, 2), strict=True):  # type: ignore[index]
+        block.conv2.weight.data.zero_()
+        activated = block.activation1(block.norm1(x[:, :inputs]))
+        pooled = torch.nn.functional.avg_pool2d(activated, stride)
+        zeros = torch.zeros(2, inputs // 2, *pooled.shape[2:])
+        padded = block(x[:, :inputs])
+        torch.testing.assert_close(padded[:, inputs // 2 : -inputs // 2] if inputs > 16 else padded[:, 8:24], pooled)
+        assert torch.equal(padded[:, : inputs // 2], zeros)
+        assert torch.equal(padded[:, -(inputs // 2) :], zeros)
+    assert [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)] == []
+
+
+def test_iaat_network_has_norms_without_weights_but_for_that_of_the_logit_maps() -> None:
+    net = IAATWideResNet(14, 1, classes=7)
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [m.affine for m in norms] == [False] * (len(norms) - 1) + [True]
+    assert (len(norms), norms[-1].num_features, len(net.blocks)) == (2 * 6 + 2, 7, 6)
+    assert not any(isinstance(m, nn.Linear) for m in net.modules())
+    assert all(m.bias is None for m in net.modules() if isinstance(m, nn.Conv2d))
+    shapes = []
+    net.last.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    x = torch.rand(4, 3, 8, 8)
+    logits = net(x)
+    assert shapes == [(4, 64, 2, 2)]
+    # In train mode the last norm gives each map mean zero over the batch, hence each logit.
+    torch.testing.assert_close(logits.mean(0), torch.zeros(7), rtol=0, atol=1e-5)
+
+
+def test_iaat_blocks_add_their_input_as_it_is_or_averaged() -> None:
+    net = IAATWideResNet(8, 1).eval()
+    x = torch.randn(2, 16, 8, 8)
+    for module in net.blocks.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.zero_()
+    out = net.blocks[:2](x)
+    torch.testing.assert_close(out[:, :16], torch.nn.functional.avg_pool2d(x, 3, 2, 1))
+    assert not out[:, 16:].any()
+
+
+def test_small_cnn_starts_with_equal_logits_and_drops_in_training_only() -> None:
+    net, x = SmallCNN((1, 16, 16), width=4, hidden=16), torch.rand(3, 1, 16, 16)
+    assert not net(x).any()
+    begun(net)
+    assert not torch.equal(net(x), net(x))
+    net.eval()
+    assert torch.equal(net(x), net(x))
+    assert [type(m).__name__ for m in net.hidden] == ["Linear", "ReLU", "Dropout", "Linear", "ReLU"]
+    assert SmallCNN((1, 16, 16), width=4, head="cosine").head.weight.any()
+
+
+def test_madry_network_keeps_the_size_but_for_its_poolings() -> None:
+    net = MadryMNIST(width=2, hidden=8)
+    assert net.stages(torch.rand(1, 1, 28, 28)).shape == (1, 4, 7, 7)
+    assert [type(m).__name__ for m in net.stages] == ["Conv2d", "ReLU", "MaxPool2d"] * 2
 
 
 def test_transformers_are_twice_differentiable_as_documented() -> None:
@@ -187,6 +276,36 @@ def test_activations_come_new_and_out_of_place(name: str | Callable[[], nn.Modul
     assert torch.equal(x, before)
 
 
+def test_smooth_relu_is_its_formula_and_has_no_kink() -> None:
+    layer = SmoothReLU(3.0).double()
+    x = torch.tensor([-1e30, -2.0, -1e-9, 0.0, 1e-9, 0.3, 5.0, 1e30], dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    assert y[:4].tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(y[5:7], x[5:7] - torch.log(1 + 9 * x[5:7]) / 9)
+    assert y[7] == x[7]
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    positive = x.detach().clamp_min(0)
+    torch.testing.assert_close(slope, 9 * positive / (1 + 9 * positive))
+    away = torch.tensor([-1.0, -0.1, 0.2, 1.0, 4.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, away)
+    assert torch.autograd.gradgradcheck(layer, away)
+
+
+def test_smooth_relu_learns_how_smooth_it_is_and_stays_finite() -> None:
+    layer = activation("smooth_relu")
+    assert isinstance(layer, SmoothReLU)
+    assert layer.root.item() == 20
+    (gradient,) = torch.autograd.grad(layer(torch.tensor([0.01])).sum(), layer.root)
+    b = torch.tensor(400.0, dtype=torch.float64, requires_grad=True)
+    (by_b,) = torch.autograd.grad(0.01 - torch.log(1 + b * 0.01) / b, b)
+    assert gradient.item() == pytest.approx(2 * 20 * by_b.item(), rel=1e-3)
+    big = torch.tensor([-6e4, 0.0, 6e4])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        out = layer(big.to(dtype))  # the layer in float32, as under autocast: 400 * 6e4 is no float16
+        assert out.dtype == dtype
+        torch.testing.assert_close(out, big.to(dtype).relu())
+
+
 def test_activations_are_the_named_ones() -> None:
     assert activation("leaky_relu")(torch.tensor(-1.0)).item() == pytest.approx(-0.1)
     assert activation("torch.nn.LeakyReLU(0.3)")(torch.tensor(-1.0)).item() == pytest.approx(-0.3)
@@ -226,6 +345,16 @@ def test_activation_refuses(name: str | Callable[[], nn.Module], says: str) -> N
         (lambda: WideResNet(depth=30), "6 n \\+ 4"),
         (lambda: WideResNet(depth=4), "6 n \\+ 4"),
         (lambda: WideResNet(factor=0), "factor"),
+        (lambda: WideResNet(10, 1, shortcut="none"), "shortcut='none': accepted are conv, pool"),  # type: ignore[arg-type]
+        (lambda: IAATWideResNet(28), "6 n \\+ 2"),
+        (lambda: IAATWideResNet(2), "6 n \\+ 2"),
+        (lambda: IAATWideResNet(8, 0), "factor"),
+        (lambda: MadryMNIST((28, 28)), "height, width"),  # type: ignore[arg-type]
+        (lambda: MadryMNIST(hidden=0), "hidden"),
+        (lambda: SmallCNN((1, 15, 28)), "at least 16"),
+        (lambda: SmallCNN(dropout=1), "dropout=1"),
+        (lambda: SmoothReLU(0), "root=0"),
+        (lambda: ConvNet(head="cosin"), "head='cosin': accepted are linear, cosine, mahalanobis"),
         (lambda: Torchvision("resnet81"), "close are resnet"),
         (lambda: Torchvision("fcn_resnet50"), "no such classification model"),
         (lambda: Torchvision("resnet18", options={"layers": 3}), "cannot be built"),

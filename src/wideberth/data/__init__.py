@@ -1,8 +1,9 @@
 """Data sets that yield (x, y, index), the loader that orders them by key, and augmentation keyed by sample."""
 
-from wideberth.data.augment import Augmentation, CropFlip
+from wideberth.data.augment import Augmentation, CropFlip, RandomResizedCrop
 from wideberth.data.downloads import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
-from wideberth.data.images import ImageFolders, ParquetImages
+from wideberth.data.hub import HuggingFace
+from wideberth.data.images import ImageFolders, ImageNet, ParquetImages
 from wideberth.data.loading import KeyedSampler, loader
 from wideberth.data.sources import Data, Digits, FromDatasets, Tensors
 from wideberth.data.splits import Batch, InMemory, Lazy, Source, Split
@@ -19,11 +20,14 @@ __all__ = [
     "Digits",
     "FashionMNIST",
     "FromDatasets",
+    "HuggingFace",
     "ImageFolders",
+    "ImageNet",
     "InMemory",
     "KeyedSampler",
     "Lazy",
     "ParquetImages",
+    "RandomResizedCrop",
     "Source",
     "Split",
     "Tensors",

@@ -40,7 +40,7 @@ class ParquetImages(Data):
         super().__init__(**limits)
         self._files = {True: _Parquet("train", train, label), False: _Parquet("test", test, label)}
         first = self._files[True].first()
-        self._mode = "L" if first.mode in ("1", "L", "LA") else "RGB"
+        self._mode = mode_of(first)
         self.shape = (len(self._mode), first.height, first.width)
         self.classes = int(self._files[True].labels().max()) + 1 if classes is None else classes
 
@@ -142,6 +142,7 @@ class ImageFolders(Data):
     Args:
         root: the folder.
         size: height and width of an input.
+        resize: shorter side of a test image before it is cropped, >= size; `size` if None.
         limits: see `Data`.
 
     Raises:
@@ -149,11 +150,16 @@ class ImageFolders(Data):
             cannot be decoded.
     """
 
-    def __init__(self, root: str, size: int = 224, **limits: Any) -> None:
+    _by_class = True
+
+    def __init__(self, root: str, size: int = 224, resize: int | None = None, **limits: Any) -> None:
         super().__init__(**limits)
         at_least("size", size, 1)
+        if resize is not None:
+            at_least("resize", resize, size)
         base = Path(root).expanduser()
-        self._folders = {True: base / "train", False: base / "test" if (base / "test").is_dir() else base / "val"}
+        self._folders = {True: base / "train", False: self._test_folder(base)}
+        self._shorter = {True: size, False: resize or size}
         classes = {train: _subfolders(root, folder) for train, folder in self._folders.items()}
         if classes[True] != classes[False]:
             odd = sorted(set(classes[True]) ^ set(classes[False]))
@@ -165,17 +171,78 @@ class ImageFolders(Data):
         self.classes, self.shape = len(classes[True]), (3, size, size)
         self._root = root
 
+    def _test_folder(self, base: Path) -> Path:
+        return base / "test" if (base / "test").is_dir() else base / "val"
+
     def _load(self, train: bool) -> Source:
         from torchvision.datasets import ImageFolder
-        from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-        size = self.shape[-1]
-        transform = Compose([Resize(size), CenterCrop(size), PILToTensor()])
+        transform = square(self.shape[-1], self._shorter[train])
         try:
             dataset = ImageFolder(self._folders[train], transform=transform, loader=_read_image)
         except OSError as error:
             raise InputError(f"root={self._root!r}: {one_line(error)}") from error
         return Lazy(dataset, classes=self.classes, name=str(self._folders[train]))
+
+
+class ImageNet(ImageFolders):
+    """ImageNet (Russakovsky et al., 2015), or any part of its classes: train/WNID/*.JPEG and val/WNID/*.JPEG.
+
+    Test images are resized so that the shorter side is 8/7 of `size` (256 for 224) and cropped to the central square,
+    as everywhere. Training images are resized so that the shorter side is `size`, and cropped likewise; crops at random
+    are `RandomResizedCrop`, on the device. That differs from the usual order, a crop at random of the whole file: what
+    is left and right of the central square (above and below it) is never seen, and a small crop is blurred.
+
+    Args:
+        root: the folder; its test/, where there is one, holds no labels and is not read.
+        size: height and width of an input.
+        resize: shorter side of a test image before it is cropped, >= size; 8/7 of `size` if None.
+        test_files: a text file that names the test images, WNID/NAME.JPEG, one a line, such as the 5,000 on which
+            RobustBench judges; `test_rows` takes the first of them. All images if None, of which `test_rows` takes a
+            random sample, not theirs.
+        limits: see `Data`.
+
+    Raises:
+        InputError: as `ImageFolders`; a list that cannot be read, or that names what is not there.
+    """
+
+    def __init__(
+        self, root: str, size: int = 224, resize: int | None = None, test_files: str | None = None, **limits: Any
+    ) -> None:
+        super().__init__(root, size, size * 8 // 7 if resize is None else resize, **limits)
+        if test_files is not None and not Path(test_files).is_file():
+            raise InputError(f"test_files={test_files!r}: no such file")
+        self._test_files = test_files
+
+    def _test_folder(self, base: Path) -> Path:
+        return base / "val"
+
+    def _first_rows(self, train: bool) -> Tensor:
+        if train or self._test_files is None:
+            return super()._first_rows(train)
+        names = [line.strip() for line in Path(self._test_files).read_text().splitlines() if line.strip()]
+        source, limit = self._source(train), self._limits[train]
+        assert isinstance(source, Lazy)
+        folder: Any = source.dataset
+        rows = {Path(path).relative_to(folder.root).as_posix(): row for row, (path, _) in enumerate(folder.samples)}
+        if len(names) < (limit or 1):
+            raise InputError(f"test_files={self._test_files!r}: names {len(names)} images, not {limit or 'any'}")
+        for name in names:
+            if name not in rows:
+                raise InputError(f"test_files={self._test_files!r}: there is no {name} in {folder.root}")
+        return torch.tensor([rows[name] for name in names[:limit]])
+
+
+def square(size: int, shorter: int) -> Any:
+    """A transform of PIL images: resize so that the shorter side is `shorter`, crop the central square, to uint8."""
+    from torchvision.transforms import v2
+
+    return v2.Compose([v2.Resize(shorter), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def mode_of(image: Any) -> str:
+    """What images like this PIL image are converted to: "L" (grey, one channel) or "RGB" (three)."""
+    return "L" if image.mode in ("1", "L", "LA") else "RGB"
 
 
 def _subfolders(root: str, folder: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ class Data(Described, ABC):
     help of these arguments in one place, on to this class.
 
     Args:
-        train_rows: use the first so many training rows; all if None.
-        test_rows: use the first so many test rows; all if None.
+        train_rows: use only so many training rows, the first; all if None. Where rows may come class by class, as image
+            files do, it is a fixed random sample, of which a smaller one is a part.
+        test_rows: likewise of the test rows.
         validation: how many of these training rows are held out for validation; 0 for none.
         validation_seed: decides which ones.
 
@@ -36,6 +37,8 @@ class Data(Described, ABC):
     classes: int
     shape: tuple[int, ...]
     box: Box = (0.0, 1.0)
+    _by_class: ClassVar[bool] = False
+    """Whether rows may come class by class: then a limit takes a fixed random sample, not the first rows."""
 
     def __init__(
         self,
@@ -86,6 +89,8 @@ class Data(Described, ABC):
         if limit is not None and limit > size:
             kind = "train" if train else "test"
             raise InputError(f"{kind}_rows={limit}: {type(self).__name__} has {size} {kind} rows")
+        if limit is not None and self._by_class:
+            return permutation(fold(0, "rows"), 0, size)[:limit].sort().values
         return torch.arange(size if limit is None else limit)
 
     def _train_and_held_out(self) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "elu": nn.ELU,
     "tanh": nn.Tanh,
+    "smooth_relu": lambda: SmoothReLU(),
 }
 
 
@@ -64,12 +65,42 @@ class Normalize(nn.Module):
         return f"mean={tuple(self.mean.tolist())}, std={tuple(self.std.tolist())}"
 
 
+class SmoothReLU(nn.Module):
+    """max(0, x - log(1 + b |x|) / b): a ReLU without a kink, for smooth adversarial training (Xie et al., 2020).
+
+    Zero below zero as ReLU is; above, its slope b x / (1 + b x) rises from 0 to 1, the sooner the larger b, which is
+    learned, one for each layer. b is the square of the parameter, so that it stays positive.
+
+    Args:
+        root: what the parameter starts as, not 0; 20 as in the authors' code, so that b starts as 400.
+
+    Input and output: any shape and floating dtype, which are kept.
+
+    Raises:
+        InputError: when the root is 0 or not finite.
+
+    What we do differently: nothing; as there, the parameter decays with the weights.
+    """
+
+    def __init__(self, root: float = 20.0) -> None:
+        super().__init__()
+        if not 0 < abs(root) < float("inf"):
+            raise InputError(f"root={root}: must be a finite number other than 0")
+        # One axis, so that under autocast float32 wins over the input's dtype: b |x| leaves float16's range.
+        self.root = nn.Parameter(torch.tensor([root]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.root.square()
+        return (x - torch.log1p(b * x.abs()) / b).relu().to(x.dtype)
+
+
 def activation(name: Activation) -> nn.Module:
     """A new activation layer, never in place: penalties on input gradients differentiate through it twice.
 
     Args:
-        name: "relu", "leaky_relu" (slope 0.1), "silu", "softplus", "gelu", "elu" or "tanh"; an import path, with
-            arguments where needed, such as "torch.nn.Softplus(beta=10)"; or a callable that returns a layer.
+        name: "relu", "leaky_relu" (slope 0.1), "silu", "softplus", "gelu", "elu", "tanh" or "smooth_relu" (one
+            `SmoothReLU` a layer); an import path, with arguments where needed, such as "torch.nn.Softplus(beta=10)"; or
+            a callable that returns a layer.
 
     Raises:
         InputError: when the name is unknown or does not lead to an `nn.Module`.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -71,7 +72,7 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
     """The model that a configuration names: {"class_path": import path, "init_args": {name: value}}.
 
     A bare class path is a name of `wideberth.models`. An argument of the same form is built too, so that a model may
-    hold another.
+    hold another; or, where a function is wanted (`head`, `activation`), it becomes what builds it.
 
     Raises:
         InputError: when the form is wrong, the class unknown, an argument wrong, or the result not an `nn.Module`.
@@ -148,7 +149,8 @@ def _find(path: str) -> Any:
     return nets[path]
 
 
-def _construct(spec: Mapping[str, Any]) -> Any:
+def _construct(spec: Mapping[str, Any], later: bool = False) -> Any:
+    """The object of a spec, or, for `later`, what makes it from the arguments that the spec leaves open."""
     keys = {"class_path", "init_args", "dict_kwargs"}
     if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str) or set(spec) - keys:
         raise InputError(f"{spec!r}: must be {{'class_path': import path, 'init_args': {{name: value}}}}")
@@ -158,12 +160,23 @@ def _construct(spec: Mapping[str, Any]) -> Any:
         if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
             raise InputError(f"{key}={given!r}: must be a mapping from argument names to values")
         arguments |= given
-    built = {
-        name: _construct(value) if isinstance(value, Mapping) and "class_path" in value else value
-        for name, value in arguments.items()
-    }
     path = spec["class_path"]
-    return construct(_find(path), path, **built)
+    factory = _find(path)
+    built: dict[str, Any] = {}
+    for name, value in arguments.items():
+        nested = isinstance(value, Mapping) and "class_path" in value
+        built[name] = _construct(value, later=_wants_a_factory(factory, name)) if nested else value
+    return partial(factory, **built) if later else construct(factory, path, **built)
+
+
+def _wants_a_factory(factory: Any, name: str) -> bool:
+    """Whether a parameter wants what makes an object, as `head` and `activation` of the networks do."""
+    try:
+        hints = get_type_hints(factory.__init__ if isinstance(factory, type) else factory)  # type: ignore[misc]
+    except (NameError, TypeError, AttributeError):  # of the user's code
+        return False
+    hint = hints.get(name)
+    return any(get_origin(kind) is Callable for kind in (hint, *get_args(hint)))
 
 
 def _model(made: Any, path: str) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from wideberth.checks import at_least
 from wideberth.configuration import Described
+from wideberth.models.heads import Head, last_layer
 from wideberth.models.layers import Activation, activation, normalization, valid_shape
 
 
@@ -21,11 +22,12 @@ class MLP(Described, nn.Module):
         hidden: width of each hidden layer; empty for a linear classifier.
         activation: as `wideberth.models.activation` takes it.
         batch_norm: normalise each hidden layer over the batch, before its activation.
+        head: the last layer, as `wideberth.models.last_layer` takes it.
 
     Input (B, *shape) floats in [0, 1]; output (B, classes) logits.
 
     Raises:
-        InputError: when a size, width or class count is out of range, or the activation unknown.
+        InputError: when a size, width or class count is out of range, or the activation or head unknown.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class MLP(Described, nn.Module):
         hidden: tuple[int, ...] = (300, 100),
         activation: Activation = "relu",
         batch_norm: bool = False,
+        head: Head = "linear",
     ) -> None:
         super().__init__()
         valid_shape(shape, classes)
@@ -47,7 +50,7 @@ class MLP(Described, nn.Module):
                 for before, after in pairwise(widths)
             )
         )
-        self.head = nn.Linear(widths[-1], classes)
+        self.head = last_layer(head, widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.hidden(x.flatten(1)))
@@ -69,11 +72,12 @@ class ConvNet(Described, nn.Module):
         activation: as `wideberth.models.activation` takes it.
         batch_norm: normalise after each convolution, before its activation.
         mean, std: per channel, put `Normalize` in front; None for raw pixels.
+        head: the last layer, as `wideberth.models.last_layer` takes it.
 
     Input (B, *shape) floats in [0, 1]; output (B, classes) logits.
 
     Raises:
-        InputError: when a size is out of range, the shape is not an image's, or the activation unknown.
+        InputError: when a size is out of range, the shape is not an image's, or the activation or head unknown.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class ConvNet(Described, nn.Module):
         batch_norm: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        head: Head = "linear",
     ) -> None:
         super().__init__()
         valid_shape(shape, classes, image=True)
@@ -101,7 +106,7 @@ class ConvNet(Described, nn.Module):
                 stages.append(_block(convolution, activation, batch_norm))
                 channels = width << stage
         self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(channels, classes)
+        self.head = last_layer(head, channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         features: Tensor = self.stages(self.normalize(x))
