@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from wideberth.evaluation.evaluate import evaluate
     from wideberth.models import load_model
     from wideberth.runs import Run
-    from wideberth.training import objectives, radii, regularizers, schedules, weightings
+    from wideberth.training import (
+        averaging,
+        objectives,
+        perturbation,
+        radii,
+        regularizers,
+        schedules,
+        stopping,
+        weightings,
+    )
     from wideberth.training.module import Diverged, RobustTraining
     from wideberth.training.train import train
 
@@ -26,6 +35,7 @@ __all__ = [
     "RobustTraining",
     "Run",
     "attacks",
+    "averaging",
     "data",
     "evaluate",
     "evaluation",
@@ -34,10 +44,12 @@ __all__ = [
     "margins",
     "models",
     "objectives",
+    "perturbation",
     "radii",
     "regularizers",
     "reports",
     "schedules",
+    "stopping",
     "train",
     "weightings",
 ]
@@ -52,7 +64,16 @@ _HOMES = {
     "load_model": "wideberth.models",
     "train": "wideberth.training.train",
 }
-_TRAINING = {"objectives", "radii", "regularizers", "schedules", "weightings"}
+_TRAINING = {
+    "averaging",
+    "objectives",
+    "perturbation",
+    "radii",
+    "regularizers",
+    "schedules",
+    "stopping",
+    "weightings",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,13 +7,16 @@ attack the losses are summed, so that row i of the gradient belongs to sample i 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wideberth import checks
 from wideberth.checks import InputError
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -22,12 +25,88 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 TargetedLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits (B, K), labels (B,), targets (B,)) -> (B,), higher = closer to being taken for the target."""
 
+
+class ParametricLoss(ABC):
+    """A loss with hyper-parameters; a new one is one subclass with a `__call__`."""
+
+    @abstractmethod
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The loss of logits (B, K) with labels (B,), (B,)."""
+
+
+TrainingLoss: TypeAlias = Loss | ParametricLoss
+"""What an objective may pay. Every parametric loss is a `Loss`; named apart, it can be configured in YAML."""
+
 _TINY = 1e-12
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy to the label, (B,) >= 0."""
     return F.cross_entropy(logits, y, reduction="none")
+
+
+@dataclass(frozen=True)
+class LabelSmoothing(ParametricLoss):
+    """Cross-entropy to a target that leaves part of its mass to the wrong classes (Szegedy et al. 2016).
+
+    Args:
+        share: of the mass that the wrong classes have together, equal parts for each, in [0, 1]. In adversarial
+            training about 0.2 helps and more than 0.3 may hurt (Pang et al. 2021, "Bag of tricks").
+
+    What we do differently: as in "Bag of tricks" the wrong classes have share / (K - 1) each and the label the rest;
+    torch's own `label_smoothing` gives share / K to all K classes, so that its 0.2 with ten classes is 0.18 here. It is
+    for training; the attack goes on ascending the loss it is given.
+    """
+
+    share: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share (`InputError`)."""
+        checks.share("share", self.share)
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The loss of logits (B, K) with labels (B,), (B,) >= 0."""
+        surprise = -F.log_softmax(logits, dim=1)
+        label = _at(surprise, y)
+        wrong = (surprise.sum(1) - label) / (logits.shape[1] - 1)
+        return (1 - self.share) * label + self.share * wrong
+
+
+@dataclass(frozen=True)
+class AdditiveMargin(ParametricLoss):
+    """Cross-entropy with the label's cosine made smaller by a margin (AM-softmax; Wang et al. 2018).
+
+    With a `CosineHead` it is the loss of hypersphere embedding (Pang et al. 2020), in any objective.
+
+    Args:
+        margin: taken from the label's cosine, >= 0.
+        scale: of the logits, >= 0: those of the head that it goes with, which are scale * cosine.
+
+    What we do differently: the head returns scaled cosines, so that an attack with another loss sees the logits that
+    the model is used with; in the original, whose models return bare cosines, it would see a flat softmax.
+    """
+
+    margin: float = 0.2
+    scale: float = 15.0
+
+    def __post_init__(self) -> None:
+        """Refuse negative numbers (`InputError`)."""
+        checks.at_least("margin", self.margin, 0)
+        checks.at_least("scale", self.scale, 0)
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The loss of logits (B, K) with labels (B,), (B,) >= 0."""
+        label = F.one_hot(y, logits.shape[1]).to(logits.dtype)
+        return cross_entropy(logits - self.scale * self.margin * label, y)
+
+
+def center_distance(logits: Tensor, y: Tensor) -> Tensor:
+    """Minus the label's logit, (B,): the Max-Mahalanobis center loss (Pang et al. 2020).
+
+    Of a `MahalanobisHead` it is scale * ||h - mu_y||^2, >= 0. Alone it says nothing of the other classes: without a
+    head whose centres stand still, it can fall without end.
+    """
+    return -_at(logits, y)
 
 
 def kl_divergence(clean_logits: Tensor, logits: Tensor) -> Tensor:

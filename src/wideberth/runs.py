@@ -4,6 +4,7 @@ config.yaml           the resolved configuration
 metrics.csv           one row per epoch
 checkpoints/          last.ckpt (and best.ckpt where a held-out split is used)
 model.safetensors     the weights, at the end
+export.json           of which epoch (0-based) they are, and why training ended early, if it did
 samples.parquet       one row per training sample: index, label, radius, ...
 radii.parquet         histogram of the radii per epoch: epoch, low, high, count
 extremes.npz          the training samples with the smallest and the largest radii
@@ -77,6 +78,12 @@ class Run:
         """The last checkpoint, to resume from."""
         file = self.path / "checkpoints" / "last.ckpt"
         return file if file.is_file() else None
+
+    @property
+    def export(self) -> dict[str, Any] | None:
+        """Of the exported weights: `epoch` (0-based), `keep` ("last" or "best"), `ended` (why early, or None)."""
+        file = self.path / "export.json"
+        return json.loads(file.read_text()) if file.is_file() else None
 
     @property
     def metrics(self) -> pd.DataFrame | None:

@@ -129,9 +129,25 @@ TABLE = (
     Row("noise-first-flip", RandomNoise(tries=8, keep="first_flip"), random=True, judges=True, fixed_cost=8),
     Row("early-stopped", EarlyStoppedPGD(steps=3, start="none"), random=False, judges=False, fixed_cost=6),
     Row("early-stopped-noisy", EarlyStoppedPGD(steps=3, tau=1, omega=0.02), random=True, judges=False, fixed_cost=6),
-    Row("square", Square(queries=40), random=True, judges=True, fixed_cost=40, shaped=True),
-    Row("square-rescaled", Square(queries=40, rescaled=True), random=True, judges=True, fixed_cost=40, shaped=True),
-    Row("square-restarts", Square(queries=20, restarts=2), random=True, judges=True, fixed_cost=None, shaped=True),
+    Row("square", Square(queries=40), random=True, judges=True, fixed_cost=40, shaped=True, even=False),
+    Row(
+        "square-rescaled",
+        Square(queries=40, rescaled=True),
+        random=True,
+        judges=True,
+        fixed_cost=40,
+        shaped=True,
+        even=False,
+    ),
+    Row(
+        "square-restarts",
+        Square(queries=20, restarts=2),
+        random=True,
+        judges=True,
+        fixed_cost=None,
+        shaped=True,
+        even=False,
+    ),
     Row("apgd", APGD(steps=8), random=True, judges=True, fixed_cost=18),
     Row("apgd-restarts", APGD(steps=4, restarts=2), random=True, judges=True, fixed_cost=None),
     Row(
@@ -312,7 +328,7 @@ def test_result_has_the_kind_of_the_input(row: Row, norm: Norm, dtype: torch.dty
     found = case.craft(row, norm)
     assert (found.x.dtype, found.x.device, found.x.shape) == (dtype, case.x.device, case.x.shape)
     assert not found.x.requires_grad
-    kinds = {"success": torch.bool, "survived": torch.int64, "evaluations": torch.int64}
+    kinds = {"success": torch.bool, "survived": torch.int64, "evaluations": torch.int64, "iterates": torch.int64}
     for name, kind in kinds.items():
         value = getattr(found, name)
         assert (value.dtype, tuple(value.shape)) == (kind, (BATCH,))
@@ -404,11 +420,13 @@ def test_survived_counts_the_iterates_before_the_flip(row: Row, norm: Norm) -> N
     found = case.craft(row, norm, eps=0.0)
     held = found.survived[2:]
     assert found.survived.tolist()[:2] == [0, 0]
+    assert (held <= found.iterates[2:]).all()
     if row.even:
         assert held.tolist() == [held[0].item()] * (BATCH - 2)
     assert (held > 0).all()
     if isinstance(row.attack, PGD):
         assert held[0] == row.attack.steps * row.attack.restarts
+        assert torch.equal(held, found.iterates[2:])
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])

@@ -29,6 +29,7 @@ from wideberth.attacks import (
     FGSM,
     FMN,
     MIFGSM,
+    NFGSM,
     PGD,
     PMA,
     Adversarial,
@@ -164,6 +165,7 @@ pgd = runs | {"norm": norm, "steps": few, "step_size": size, "start": start, "lo
 
 ATTACKS: tuple[tuple[type[Attack], dict[str, st.SearchStrategy[Any]]], ...] = (
     (FGSM, runs | {"norm": norm, "start": start, "step_size": size, "loss": loss}),
+    (NFGSM, once | {"restarts": of(1, 2), "noise": of(0.0, 1.0, 2.0), "step_size": size, "loss": loss}),
     (PGD, pgd | {"keep": of("last", "worst", "first_flip")}),
     (MIFGSM, pgd | {"keep": of("last", "worst", "first_flip"), "decay": of(0.0, 0.5, 1.0)}),
     (EarlyStoppedPGD, pgd | {"tau": of(0, 1, 2), "omega": of(0.0, 0.05)}),
@@ -415,7 +417,7 @@ def check(case: Case) -> None:
     assert found.success is not None or not (case.judge or attack.judges)
     for value, kind in ((found.success, torch.bool), (found.survived, torch.int64), (found.evaluations, torch.int64)):
         assert value is None or (value.dtype, tuple(value.shape)) == (kind, (len(x),))
-    assert (found.survived >= 0).all()
+    assert ((found.survived >= 0) & (found.survived <= found.iterates)).all()
     assert (found.evaluations > 0).all()
     assert found.evaluations.sum() == spent
 

@@ -30,6 +30,8 @@ EVERY_LOSS: dict[str, losses.Loss] = {
     "soft_margin_loss": losses.soft_margin_loss,
     "probability_margin_loss": losses.probability_margin_loss,
     "dlr_loss": losses.dlr_loss,
+    "LabelSmoothing": losses.LabelSmoothing(0.2),
+    "AdditiveMargin": losses.AdditiveMargin(0.2, 3.0),
     "targeted cross_entropy": towards(losses.cross_entropy),
     "targeted margin_loss": towards(losses.margin_loss),
     "targeted dlr_loss": towards(losses.dlr_loss),
@@ -50,12 +52,68 @@ EVERY_LOSS: dict[str, losses.Loss] = {
         (losses.margin_loss(ADV, Y), [0.5, -1.5]),
         (losses.logit_margin(ADV, Y), [-0.5, 1.5]),
         (losses.soft_margin_loss(ADV, Y), [0.766368, -0.819730]),
+        (losses.center_distance(ADV, Y), [-1.0, -2.0]),
+        (losses.AdditiveMargin(0, 15.0)(ADV, Y), [1.148017, 0.365025]),
+        (losses.LabelSmoothing(0)(ADV, Y), [1.148017, 0.365025]),
         (towards(losses.margin_loss)(ADV, Y), [0.5, -1.5]),
         (towards(losses.cross_entropy)(ADV, Y), [-0.648017, -1.865025]),
     ],
 )
 def test_values(value: Tensor, expected: list[float]) -> None:
     torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1.5e-6)
+
+
+def test_label_smoothing_of_the_bag_of_tricks_is_not_torchs() -> None:
+    """Torch's share s gives the wrong classes s (K - 1) / K together."""
+    smoothed = losses.LabelSmoothing(0.2)(ADV, Y).mean().item()
+    assert smoothed == pytest.approx(1.039854, abs=6e-7)
+    theirs = F.cross_entropy(ADV, Y, label_smoothing=0.2).item()
+    assert theirs == pytest.approx(0.969021, abs=6e-7)
+    assert losses.LabelSmoothing(0.2 * 3 / 4)(ADV, Y).mean().item() == pytest.approx(theirs, rel=1e-12)
+
+
+def test_label_smoothing_is_least_at_its_own_target() -> None:
+    target = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.9, 0.05]], dtype=torch.float64)
+    logits = target.log().requires_grad_()
+    (gradient,) = torch.autograd.grad(losses.LabelSmoothing(0.1)(logits, Y).sum(), logits)
+    assert gradient.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("margin", "value"), [(0.2, 0.0026001), (0, 0.00012961)])
+def test_additive_margin(margin: float, value: float) -> None:
+    """Of logits that are 15 * cosine; the fact sheet's oracle of hypersphere embedding."""
+    cosine = torch.tensor([[0.9, 0.1, -0.2, 0.3]], dtype=torch.float64)
+    paid = losses.AdditiveMargin(margin, 15.0)(15 * cosine, Y[:1])
+    assert paid.item() == pytest.approx(value, rel=1e-4)
+    assert losses.AdditiveMargin(margin, 15.0)(15 * cosine.float(), Y[:1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 1e4])
+def test_additive_margin_is_finite_at_any_scale(scale: float) -> None:
+    logits = scale * torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    assert losses.AdditiveMargin(0.35, scale)(logits, Y).isfinite().all()
+
+
+def test_center_distance_is_that_to_the_centre_of_the_label() -> None:
+    features = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    centres = torch.tensor([[3.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
+    logits = -0.5 * (features[:, None] - centres).square().sum(2)
+    assert losses.center_distance(logits, Y).tolist() == [0.5 * 8, 0.5 * 4]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: losses.LabelSmoothing(1.2), r"share=1.2: a share, must be in \[0, 1\]"),
+        (lambda: losses.LabelSmoothing(-0.1), "share=-0.1: must be at least 0"),
+        (lambda: losses.LabelSmoothing(float("nan")), "share=nan: must be at least 0"),
+        (lambda: losses.AdditiveMargin(-0.1), "margin=-0.1: must be at least 0"),
+        (lambda: losses.AdditiveMargin(scale=-1), "scale=-1: must be at least 0"),
+    ],
+)
+def test_losses_refuse_numbers_that_make_no_sense(make: Callable[[], losses.Loss], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
 
 
 def test_trades_total() -> None:

@@ -10,7 +10,10 @@ import lightning as L
 import torch
 from training_tools import fit, mlp, tensors
 
-from wideberth.training.radii import InstanceAdaptive
+from wideberth.training.averaging import EMA
+from wideberth.training.perturbation import AWP
+from wideberth.training.radii import Fixed, InstanceAdaptive
+from wideberth.training.stopping import OverfittingGuard
 
 
 class Leave(L.Callback):
@@ -29,6 +32,15 @@ class Leave(L.Callback):
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    around = {"perturbation": AWP(0.3), "averaging": EMA(0.5), "guard": OverfittingGuard(1.0), "keep": "best"}
+    fit(
+        mlp(),
+        tensors(10, validation=2),
+        folder / "around" / "run",
+        radius=Fixed(0.1),
+        trainer={"devices": 2, "strategy": "ddp", "callbacks": [Leave(folder / "around")]},
+        **around,
+    )
     for rule in ("simple", "lookahead"):
         fit(
             mlp(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from training_tools import defined_in, fit, halves, module_of, step_of, tensors
+from training_tools import defined_in, fit, halves, mlp, module_of, step_of, tensors
 
 import wideberth as wb
 from wideberth.training import radii
-from wideberth.training.radii import Fixed, InstanceAdaptive, Radius, Zero
-from wideberth.training.schedules import Ramp, Steps
+from wideberth.training.radii import ClassWise, Fixed, InstanceAdaptive, Radius, ShortestSuccessful, Zero
+from wideberth.training.schedules import Cosine, Ramp, Steps
 from wideberth.training.step import Step
 
 UNIT = 1 / 255
@@ -225,9 +226,203 @@ def test_fixed_and_its_warm_up() -> None:
     assert [at(ramp, p)[0] for p in (0, 0.5, 2, 4, 9)] == pytest.approx([0, 0.0125, 0.05, 0.1, 0.1])
     assert ramp.nominal() == 0.1
     assert at(Fixed(Ramp(0.2, 10)), 5.0) == pytest.approx([0.1] * 3)
+    assert at(Fixed(Cosine(0.2, 10)), 5.0) == pytest.approx([0.1] * 3)
+    assert Fixed(Cosine(0.2, 10)).nominal() == 0.2
     assert Fixed(Steps(0.2, [3], factor=0.5)).nominal() == pytest.approx(0.1)
     assert at(Zero(), 3.0) == [0.0] * 3
     assert (Zero().nominal(), len(Zero().radii)) == (0.0, 0)
+
+
+def test_cosine() -> None:
+    wave = Cosine(3.0, 6, start=1.0)
+    assert [wave(epoch) for epoch in (0, 2, 3, 4, 6, 99)] == pytest.approx([1, 1.5, 2, 2.5, 3, 3])
+    with pytest.raises(wb.InputError, match=r"Cosine\(epochs=0\): must be positive"):
+        Cosine(1.0, 0)
+
+
+def test_class_wise() -> None:
+    x, y = torch.rand(4, 1), torch.tensor([1, 0, 0, 1])
+    made, ramp = ClassWise([0.1, 0.3]), ClassWise([0.1, 0.3], warmup=4)
+    assert made.propose(step_of(halves().float(), x, y)).tolist() == pytest.approx([0.3, 0.1, 0.1, 0.3])
+    assert ramp.propose(step_of(halves().float(), x, y, progress=1.0)).tolist() == pytest.approx(
+        [0.075, 0.025, 0.025, 0.075]
+    )
+    assert ramp.nominal() == 0.3
+    assert len(ramp.radii) == 0
+    assert ClassWise([0.1, 0.3]).half().by_class.dtype == torch.float32
+    assert "by_class" not in made.state_dict()
+
+
+def test_class_wise_wants_a_radius_for_every_class() -> None:
+    made = ClassWise([0.1, 0.1, 0.1])
+    with pytest.raises(wb.InputError, match="eps: 3 radii, the model has 2 classes: one for each"):
+        made.propose(step_of(halves().float(), torch.rand(2, 1), torch.tensor([0, 1])))
+
+
+def test_class_wise_asks_the_model_once_and_leaves_it_alone() -> None:
+    module = module_of(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), radius=ClassWise([0.1, 0.2, 0.0]))
+    forwards: list[int] = []
+    module.model.register_forward_hook(lambda _, given, __: forwards.append(len(given[0])))
+    for _ in range(2):
+        module.training_step(tensors().train().__getitems__([0, 1, 2, 3]), 0)
+    assert forwards == [1, 4, 4, 4, 4, 4, 4]  # two steps of the attack and the objective's own
+    assert module.model[0].num_batches_tracked == 2
+
+
+# ---- the shortest successful perturbation ---------------------------------------------------------------------------
+
+BOUNDARY: dict[str, Any] = {"loss": wb.losses.soft_margin_loss, "steps": 3, "step_size": 0.2}
+
+
+def margins(x: list[float], maximum: float = 0.3, **options: Any) -> tuple[ShortestSuccessful, Step, Tensor]:
+    """One visit to inputs (B, 1) of class 0, which `halves` puts |x - 1/2| from the boundary: where they end."""
+    bisections, epochs = options.pop("bisections", 20), options.pop("epochs", 1)
+    made = ShortestSuccessful(maximum, minimum=0.01, bisections=bisections).double()
+    made.allocate(len(x))
+    made.double()
+    points = torch.tensor(x, dtype=torch.float64)[:, None]
+    attack = wb.attacks.PGD(**(BOUNDARY | options.pop("attack", {})))
+    for epoch in range(epochs):
+        step = step_of(halves(), points, torch.zeros(len(x), dtype=torch.int64), epoch=epoch, attack=attack, **options)
+        settled = made.settle(step, step.attack(made.propose(step)).x)
+    return made, step, settled
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_boundary_is_found(norm: Any) -> None:
+    """From 0.01 inside to far away; wrong ones stay; those beyond the maximum are not near."""
+    x = [0.51, 0.6, 0.75, 0.79, 0.81, 0.95, 0.4, 0.5]
+    made, step, settled = margins(x, norm=norm, attack={"norm": norm})
+    assert settled[:4, 0].tolist() == pytest.approx([0.5] * 4, abs=1e-6)
+    assert settled[6:, 0].tolist() == [0.4, 0.5]
+    assert made.radii.tolist()[:4] == pytest.approx([0.01, 0.1, 0.25, 0.29], abs=1e-6)
+    assert made.radii.tolist()[4:] == pytest.approx([0.31, 0.315, 0, 0], abs=1e-6)  # the search ends at 1.05 maxima
+    assert step.near is not None
+    assert step.near.tolist() == [True] * 4 + [False] * 2 + [True] * 2
+
+
+@pytest.mark.parametrize("bisections", [1, 2, 5, 10])
+def test_every_bisection_halves_what_is_not_known(bisections: int) -> None:
+    x = torch.linspace(0.511, 0.79, 40).tolist()
+    made, _, settled = margins(x, bisections=bisections)
+    error = (settled[:, 0] - 0.5).abs().max().item()
+    assert error <= 0.315 / 2**bisections + 1e-9
+    assert error > 0.315 / 2 ** (bisections + 3)
+    assert (x[0] - settled[0, 0]).item() == pytest.approx(made.radii[0].item())
+
+
+def test_the_first_point_tried_is_the_one_that_the_attack_found() -> None:
+    tried: list[Tensor] = []
+    model = halves()
+    model.register_forward_hook(lambda _, given, __: tried.append(given[0].clone()))
+    made = ShortestSuccessful(0.3, minimum=0.1, bisections=3).double()
+    made.allocate(1)
+    step = step_of(model, torch.tensor([[0.7]], dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
+    x_adv = step.attack(made.propose(step)).x
+    tried.clear()
+    made.settle(step, x_adv)
+    assert [point.item() for point in tried] == pytest.approx([0.6, 0.7 - (0.1 + 0.315) / 2, 0.7 - (0.1 + 0.2075) / 2])
+
+
+def test_the_next_visit_attacks_at_the_distance_of_the_last() -> None:
+    made, step, _ = margins([0.503, 0.6, 0.4, 0.95])
+    assert made.propose(step).tolist() == pytest.approx([0.01, 0.1, 0, 0.315], abs=1e-6)  # at least the minimum
+    made.radii.fill_(0.2)
+    assert made.propose(step).tolist() == pytest.approx([0.2, 0.2, 0, 0.2])
+
+
+def test_rows_that_are_not_in_the_batch_keep_their_distance() -> None:
+    made = ShortestSuccessful(0.3, minimum=0.01).double()
+    made.allocate(5)
+    made.radii += 0.123
+    x, y = torch.tensor([[0.6], [0.7]], dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    step = step_of(halves(), x, y, index=torch.tensor([3, 1]))
+    made.settle(step, step.attack(made.propose(step)).x)
+    assert made.radii[[3, 1]].tolist() == pytest.approx([0.1, 0.2], abs=1e-3)
+    assert made.radii[[0, 2, 4]].tolist() == pytest.approx([0.123] * 3)
+
+
+def test_the_points_lie_in_the_box() -> None:
+    """A boundary outside the box is not reached, and the point stops at its face."""
+    _, step, settled = margins([0.6, 0.75], box=(0.55, 1.0), attack={"box": (0.55, 1.0)})
+    assert settled[:, 0].tolist() == pytest.approx([0.55, 0.55])
+    assert step.near is not None
+    assert step.near.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_settled_points_have_the_kind_of_the_input(dtype: torch.dtype) -> None:
+    made = ShortestSuccessful(0.3, minimum=0.05)
+    made.allocate(4)
+    x = torch.tensor([[0.9], [0.6], [0.4], [1.0]], dtype=dtype)
+    step = step_of(halves().to(dtype), x, torch.zeros(4, dtype=torch.int64))
+    settled = made.settle(step, step.attack(made.propose(step)).x)
+    assert (settled.dtype, settled.requires_grad) == (dtype, False)
+    assert torch.equal(settled, settled.clamp(0, 1))
+    assert settled[2] == x[2]
+    assert made.radii.dtype == torch.float32
+    assert settled[1].item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_an_attack_that_did_not_move_has_no_direction() -> None:
+    made = ShortestSuccessful(0.3, minimum=0.05)
+    made.allocate(1)
+    step = step_of(halves().float(), torch.tensor([[0.9]]), torch.zeros(1, dtype=torch.int64))
+    assert made.settle(step, step.x).tolist() == step.x.tolist()
+    assert step.near is not None
+    assert not step.near
+    assert made.radii.isfinite().all()
+
+
+def test_a_point_further_than_the_search_goes_is_brought_back() -> None:
+    made = ShortestSuccessful(0.1, minimum=0.05)
+    made.allocate(2)
+    x = torch.tensor([[0.9], [0.55]])
+    step = step_of(halves().float(), x, torch.zeros(2, dtype=torch.int64))
+    settled = made.settle(step, x - 0.5)
+    assert settled[:, 0].tolist() == pytest.approx([0.795, 0.5], abs=1e-3)
+    assert step.near is not None
+    assert step.near.tolist() == [False, True]
+
+
+def test_a_wrong_input_stays_wherever_the_attack_went() -> None:
+    made = ShortestSuccessful(0.3, minimum=0.05)
+    made.allocate(2)
+    step = step_of(halves().float(), torch.tensor([[0.4], [0.5]]), torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(made.settle(step, torch.ones(2, 1)), step.x)
+    assert made.radii.tolist() == [0, 0]
+    assert step.near is not None
+    assert step.near.all()
+
+
+def test_the_search_leaves_the_model_alone() -> None:
+    """The original's bisection moves batch-norm statistics and leaves a graph."""
+    model = nn.Sequential(nn.BatchNorm1d(1), halves().float()).train()
+    made = ShortestSuccessful(0.3, minimum=0.05)
+    module = module_of(model, 4, radius=made, objective=wb.objectives.MaxMargin(), attack=wb.attacks.PGD(**BOUNDARY))
+    forwards: list[bool] = []
+    model.register_forward_hook(lambda module, *_: forwards.append(module.training))
+    module.training_step((torch.rand(4, 1), torch.zeros(4, dtype=torch.int64), torch.arange(4)), 0)
+    assert forwards == [False] * (1 + 3 + 10) + [True] * 2  # clean, attack, bisections; the objective's two
+    assert model[0].num_batches_tracked == 2
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_max_margin_training_resumes_with_what_it_found(tmp_path: Path) -> None:
+    def run(out: Path, epochs: int, **options: Any) -> Any:
+        model = mlp()
+        policies = {"radius": ShortestSuccessful(0.3, 0.05), "objective": wb.objectives.MaxMargin()}
+        options["optimizer"] = partial(torch.optim.Adam, lr=0.1)  # so that some are right by more than half
+        made = fit(model, tensors(), out, epochs=epochs, attack=wb.attacks.PGD(**BOUNDARY), **policies, **options)
+        assert made.samples is not None
+        return made.samples["radius"].tolist(), [p.detach().clone() for p in model.parameters()]
+
+    radii_straight, straight = run(tmp_path / "straight", 4)
+    run(tmp_path / "run", 2)
+    radii_resumed, resumed = run(tmp_path / "run", 4, resume=True)
+    assert radii_straight == radii_resumed
+    assert len(set(radii_straight)) > 2
+    assert all(map(torch.equal, straight, resumed))
 
 
 def test_the_ramp_is_followed_within_an_epoch() -> None:
@@ -250,6 +445,17 @@ REFUSED: dict[str, list[tuple[Callable[[], Radius], str]]] = {
     "Fixed": [
         (lambda: Fixed(-0.1), "eps=-0.1: must be at least 0"),
         (lambda: Fixed(0.1, warmup=-1), "warmup=-1: must be at least 0"),
+    ],
+    "ClassWise": [
+        (lambda: ClassWise([0.1]), r"eps=\[0.1\]: must be one radius per class, at least 2"),
+        (lambda: ClassWise([0.1, -0.2]), r"eps\[1\]=-0.2: must be at least 0"),
+        (lambda: ClassWise([0.1, 0.2], warmup=-1), "warmup=-1: must be at least 0"),
+    ],
+    "ShortestSuccessful": [
+        (lambda: ShortestSuccessful(-1.0), "maximum=-1.0: must be at least 0"),
+        (lambda: ShortestSuccessful(0.1, minimum=0), r"minimum=0: must be in \(0, maximum=0.1\]"),
+        (lambda: ShortestSuccessful(0.1, minimum=0.2), r"minimum=0.2: must be in \(0, maximum=0.1\]"),
+        (lambda: ShortestSuccessful(bisections=0), "bisections=0: must be at least 1"),
     ],
     "InstanceAdaptive": [
         (lambda: InstanceAdaptive(-1.0), "eps=-1.0: must be at least 0"),

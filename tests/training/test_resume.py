@@ -119,6 +119,31 @@ def test_without_a_held_out_split(tmp_path: Path) -> None:
     assert whole.differences(resumed) == []
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: {"perturbation": wb.perturbation.AWP(0.05, warmup=1)},
+        lambda: {"averaging": wb.averaging.EMA(0.9)},
+        lambda: {"averaging": wb.averaging.SWA(1), "keep": "best"},
+        lambda: {"guard": wb.stopping.OverfittingGuard(1.0), "perturbation": wb.perturbation.AWP()},
+    ],
+)
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_around_the_step(tmp_path: Path, made: Callable[[], dict[str, Any]], epochs: int) -> None:
+    whole = run_of(tmp_path / "whole", **made())
+    run_of(tmp_path / "run", epochs=epochs, **made())
+    assert whole.differences(run_of(tmp_path / "run", resume=True, **made())) == []
+    states = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+        for name in ("whole", "run")
+    ]
+    for kind in ("EMA", "SWA"):
+        if kind in states[0]:
+            for part in ("average", "trained"):
+                assert all(map(torch.equal, states[0][kind][part].values(), states[1][kind][part].values()))
+    assert whole.differences(run_of(tmp_path / "plain")) != [] or "guard" in made()
+
+
 class Interrupt(L.Callback):
     """Ctrl-C in the middle of an epoch."""
 

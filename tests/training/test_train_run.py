@@ -44,10 +44,12 @@ def test_what_is_there(finished: tuple[wb.Run, nn.Module, wb.data.Data]) -> None
         "samples.parquet",
         "extremes.npz",
         "model.safetensors",
+        "export.json",
         "checkpoints/last.ckpt",
         "checkpoints/best.ckpt",
     }
     assert run.finished
+    assert run.export == {"epoch": 2, "keep": "last", "ended": None}
     assert run.name == "run"
     assert run.evaluation is None
     assert run.evaluation_samples is None
@@ -214,7 +216,7 @@ def test_config_names_every_argument(tmp_path: Path) -> None:
     assert config["radius"]["init_args"]["maximum"] == 0.5
     assert config["objective"] == {
         "class_path": f"{training}.objectives.TRADES",
-        "init_args": {"beta": 3.0, "inner": "kl"},
+        "init_args": {"beta": 3.0, "inner": "kl", "loss": "wideberth.losses.cross_entropy"},
     }
     assert config["weighting"] == {"class_path": f"{training}.weightings.Uniform", "init_args": {}}
     (regularizer,) = config["regularizers"]

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from training_tools import tensors
+from training_tools import fit, mlp, tensors
 
 import wideberth as wb
+from wideberth.training.averaging import EMA
+from wideberth.training.perturbation import AWP
+from wideberth.training.radii import Fixed
+from wideberth.training.stopping import OverfittingGuard
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +66,22 @@ def test_two_processes(trained: Path, rule: str) -> None:
     assert run.samples["radius"].tolist() == pytest.approx(radii[split.rows].tolist())
     saved = torch.load(run.path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(saved["radius.radii"], radii)
+
+
+@pytest.mark.slow
+def test_two_processes_climb_together_and_keep_one_average(trained: Path, tmp_path: Path) -> None:
+    """What two processes do is what one does, to the last digits: the climb is the whole batch's."""
+    folder = trained / "around"
+    ranks: list[dict[str, Any]] = [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(2)]
+    assert all(torch.equal(value, ranks[1]["state"][name]) for name, value in ranks[0]["state"].items())
+    model = mlp()
+    around: dict[str, Any] = {"perturbation": AWP(0.3), "averaging": EMA(0.5), "guard": OverfittingGuard(1.0)}
+    alone = fit(model, tensors(10, validation=2), tmp_path / "run", radius=Fixed(0.1), keep="best", **around)
+    both = wb.Run(folder / "run")
+    assert both.metrics is not None
+    assert alone.metrics is not None
+    assert both.export == alone.export
+    columns = ["validation_robust", "guard_robust", "effective_margin"]
+    assert both.metrics[columns].to_numpy() == pytest.approx(alone.metrics[columns].to_numpy(), rel=1e-4)
+    together = wb.load_model(str(both.path)).state_dict()
+    assert all(torch.allclose(value, together[name], atol=1e-6) for name, value in model.state_dict().items())

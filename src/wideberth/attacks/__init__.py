@@ -7,7 +7,7 @@ from wideberth.attacks.deepfool import DeepFool
 from wideberth.attacks.descent import DDN, FMN
 from wideberth.attacks.fab import FAB
 from wideberth.attacks.friendly import EarlyStoppedPGD
-from wideberth.attacks.gradient import FGSM, PGD, ScaledStep
+from wideberth.attacks.gradient import FGSM, NFGSM, PGD, ScaledStep
 from wideberth.attacks.margin import PMA
 from wideberth.attacks.momentum import MIFGSM
 from wideberth.attacks.noise import RandomNoise
@@ -24,6 +24,7 @@ __all__ = [
     "FGSM",
     "FMN",
     "MIFGSM",
+    "NFGSM",
     "PGD",
     "PMA",
     "SUITES",

@@ -30,12 +30,14 @@ class Adversarial:
             returned point was not judged.
         survived: (B,) int64, how many iterates were classified correctly before the first flip.
         evaluations: (B,) int64, forwards plus backwards spent.
+        iterates: (B,) int64, how many there are to survive: the steps of all runs together.
     """
 
     x: Tensor
     success: Tensor | None
     survived: Tensor
     evaluations: Tensor
+    iterates: Tensor
 
 
 def input_gradient(
@@ -176,7 +178,9 @@ class Attack(ABC):
         assert found is not None
         judged = judge or runs > 1 or self.judges
         success = found.broken if judged else None
-        return Adversarial(found.kept.detach(), success, found.survived, found.spent + (likely is not None))
+        spent = found.spent + (likely is not None)
+        iterates = torch.full_like(found.survived, runs * self.rounds)
+        return Adversarial(found.kept.detach(), success, found.survived, spent, iterates)
 
     @property
     def judges(self) -> bool:

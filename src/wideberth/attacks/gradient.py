@@ -1,8 +1,9 @@
-"""Projected gradient ascent: FGSM (Goodfellow et al. 2015) and PGD (Madry et al. 2018)."""
+"""Projected gradient ascent: FGSM (Goodfellow et al. 2015), PGD (Madry et al. 2018), N-FGSM (de Jorge et al. 2022)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -148,3 +149,43 @@ class FGSM(PGD):
     steps: int = 1
     step_size: float | ScaledStep = ScaledStep(1.0)
     start: Start = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NFGSM(FGSM):
+    """Noise FGSM (de Jorge et al. 2022): one signed step of length eps from strong noise, and no way back to the ball.
+
+    The start is uniform within `noise` * eps of the input, inside the box; what the step leads to is kept in the box
+    alone, up to (`noise` + 1) * eps away in linf. A training attack, cheap as FGSM: the noise is what keeps it from
+    catastrophic overfitting. For a verdict it is of no use, because its points lie outside the ball.
+
+    Attributes:
+        noise: reach of the start in units of eps, >= 0; 2 in the paper, 3 or 4 where eps is large.
+        norm: "linf" alone.
+        start: "uniform" alone; how far, says `noise`.
+
+    What we do differently: the model is attacked in the mode that training chooses (eval by default), theirs in train
+    mode.
+    """
+
+    noise: float = 2.0
+    start: Start = "uniform"
+
+    ball: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse hyper-parameters that make no sense (`InputError`)."""
+        super().__post_init__()
+        checks.choice("norm", self.norm, ("linf",))
+        checks.choice("start", self.start, ("uniform",))
+        checks.at_least("noise", self.noise, 0)
+
+    def begin(self, problem: Problem) -> Enclosed:
+        """Begin at the noisy inputs, with the box as the only limit."""
+        x = problem.x
+        delta = geometry.random_start(x, self.noise * problem.eps, self.norm, self.start, problem.noise)
+        point = (x + delta).to(x.dtype).clamp(*self.box)
+        # A row with radius 0 stays where it is, whatever the step size.
+        free = geometry.column(problem.eps > 0, x)
+        low, high = (torch.where(free, torch.full_like(x, face).clamp(*self.box), x) for face in self.box)
+        return Enclosed.at(problem, point, low=low, high=high)

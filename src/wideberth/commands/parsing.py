@@ -102,6 +102,10 @@ _ROOMS = {
     "objective": "wideberth.training.objectives",
     "weighting": "wideberth.training.weightings",
     "regularizers": "wideberth.training.regularizers",
+    "perturbation": "wideberth.training.perturbation",
+    "averaging": "wideberth.training.averaging",
+    "judge": "wideberth.attacks",
+    "guard": "wideberth.training.stopping",
 }
 
 

@@ -13,7 +13,15 @@ import yaml
 from wideberth import attacks, data, models  # noqa: F401
 from wideberth.commands.parsing import Parser, prepared
 from wideberth.runs import Run
-from wideberth.training import objectives, radii, regularizers, weightings  # noqa: F401
+from wideberth.training import (  # noqa: F401
+    averaging,
+    objectives,
+    perturbation,
+    radii,
+    regularizers,
+    stopping,
+    weightings,
+)
 from wideberth.training.train import train
 
 

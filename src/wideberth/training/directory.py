@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -17,9 +18,13 @@ from wideberth.runs import Run, write_atomically
 from wideberth.training.module import RobustTraining
 from wideberth.training.recorder import training_radii
 
+Keep: TypeAlias = Literal["last", "best"]
+"""Which checkpoint's weights a run exports."""
+
 # What says something about the weights of a run, and must not outlive them.
 ABOUT_THE_WEIGHTS = (
     "model.safetensors",
+    "export.json",
     "samples.parquet",
     "extremes.npz",
     "evaluation.json",
@@ -97,8 +102,18 @@ def discard(out: Path, files: tuple[str, ...]) -> None:
         (out / file).unlink(missing_ok=True)
 
 
-def export(out: Path, module: RobustTraining, split: Split) -> None:
-    """Write the weights, the per-sample table and the samples at both ends of the radii."""
+def kept_epoch(out: Path, module: RobustTraining, keep: Keep) -> int:
+    """Load what the run is to export, weights and radii, into `module`; returns its epoch (0-based)."""
+    file = out / "checkpoints" / f"{keep}.ckpt"
+    if not file.is_file():  # no epoch was validated
+        file = out / "checkpoints" / "last.ckpt"
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    module.load_state_dict(saved["state_dict"])
+    return int(saved["epoch"])
+
+
+def export(out: Path, module: RobustTraining, split: Split, said: dict[str, Any]) -> None:
+    """Write the weights, what is `said` of them, the per-sample table and the samples at both ends of the radii."""
     samples = pd.DataFrame({"index": split.rows.numpy(), "label": split.labels.numpy()})
     radii = training_radii(module)
     if len(radii):
@@ -106,6 +121,7 @@ def export(out: Path, module: RobustTraining, split: Split) -> None:
         arrays = extremes(split, radii)
         write_atomically(out / "extremes.npz", lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
     write_atomically(out / "samples.parquet", lambda file: samples.to_parquet(file))
+    write_atomically(out / "export.json", lambda file: file.write_text(json.dumps(said)) and None)
     save_weights(module.model, out / "model.safetensors")  # last: its presence says that the run is finished
 
 

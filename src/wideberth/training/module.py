@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import lightning as L
@@ -13,14 +14,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wideberth import losses
+from wideberth.attacks import PGD
 from wideberth.attacks.base import Adversarial, Attack
 from wideberth.attacks.state import Problem
 from wideberth.checks import Box, InputError
 from wideberth.data.augment import Augmentation
+from wideberth.evaluation.verify import judging, verify
 from wideberth.losses import Loss
 from wideberth.modes import Mode, borrowed
 from wideberth.randomness import Noise, fold
 from wideberth.training.objectives import AdversarialCrossEntropy, Objective, Payment
+from wideberth.training.perturbation import AWP, check_perturbation, unnoticed
 from wideberth.training.radii import Radius, Zero
 from wideberth.training.regularizers import Regularizer, settled
 from wideberth.training.step import Step
@@ -40,7 +44,7 @@ class Diverged(InputError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
 
 
-def check_combination(attack: Attack, radius: Radius, objective: Objective) -> None:
+def check_combination(attack: Attack, radius: Radius, objective: Objective, weighting: Weighting) -> None:
     """Refuse policies that cannot work together (`InputError`, with the reason)."""
     name = type(objective).__name__
     if radius.needs_adversary and not objective.adversarial:
@@ -53,11 +57,47 @@ def check_combination(attack: Attack, radius: Radius, objective: Objective) -> N
             f"radius={type(radius).__name__} with objective={name}: this objective trains on clean inputs alone; "
             "use radius Zero, or AdversarialCrossEntropy"
         )
+    weigher = type(weighting).__name__
+    if (weighting.needs_adversary or weighting.needs_attack) and not objective.adversarial:
+        raise InputError(
+            f"weighting={weigher} with objective={name}: the weights are read off adversarial points, which this "
+            "objective never looks at; use weighting Uniform, or AdversarialCrossEntropy"
+        )
+    if weighting.needs_attack and isinstance(radius, Zero):
+        raise InputError(
+            f"weighting={weigher} with radius=Zero: the weights tell how an attack went, and none is made; use "
+            "weighting Uniform, or another radius"
+        )
     starts_clean = getattr(attack, "start", "uniform") == "none"
-    if getattr(objective, "inner", None) == "kl" and starts_clean and not isinstance(radius, Zero):
+    if objective.ascends_divergence and starts_clean and not isinstance(radius, Zero):
         raise InputError(
             f'attack.start="none" with objective={name}: the gradient of the KL term is zero at the clean input, so '
             'the attack would never move; use start="gaussian" or "uniform"'
+        )
+
+
+def within_norm(attack: Attack) -> bool:
+    """Whether eps is the radius of a norm ball; N-FGSM's is, though its points leave it."""
+    return attack.ball or isinstance(attack, PGD)
+
+
+def default_judge(attack: Attack) -> Attack:
+    """What judges held-out data unless said otherwise: see `RobustTraining`."""
+    if not within_norm(attack):
+        return attack
+    return PGD(norm=attack.norm, box=attack.box, loss=losses.margin_loss, keep="first_flip")
+
+
+def check_judge(judge: Attack, attack: Attack) -> None:
+    """Refuse a judge for which a radius means something else than for the training attack (`InputError`)."""
+    for name in ("norm", "box"):
+        its, theirs = getattr(judge, name), getattr(attack, name)
+        if its != theirs:
+            raise InputError(f"judge.{name}={its!r} with attack.{name}={theirs!r}: must be the same")
+    if judge.ball != within_norm(attack):
+        kinds = type(judge).__name__, type(attack).__name__
+        raise InputError(
+            f"judge={kinds[0]} with attack={kinds[1]}: must keep to the same radius, both a norm's or neither"
         )
 
 
@@ -74,6 +114,10 @@ class RobustTraining(L.LightningModule):
             `scheduler_interval`.
         attack_mode: the mode in which the model is attacked. "eval" leaves batch-norm statistics alone.
         seed: of all randomness of the loop.
+        perturbation: of the weights, at which the step's gradient is then taken; None: where they are.
+        judge: attacks held-out data, at the nominal radius. None: 10-step PGD on the margin, in the training attack's
+            norm, whatever the training attack is: a weak one would not tell on itself. (An attack without a norm ball
+            judges itself.)
 
     Raises:
         InputError: for policies that cannot be combined.
@@ -95,6 +139,8 @@ class RobustTraining(L.LightningModule):
         scheduler_interval: Literal["epoch", "step"] = "epoch",
         attack_mode: Mode = "eval",
         seed: int = 0,
+        perturbation: AWP | None = None,
+        judge: Attack | None = None,
     ) -> None:
         super().__init__()
         self.model, self.attack = model, attack
@@ -103,8 +149,11 @@ class RobustTraining(L.LightningModule):
         self.weighting = Uniform() if weighting is None else weighting
         self.regularizers, self.augment = list(regularizers), augment
         self.optimizer, self.scheduler, self.scheduler_interval = optimizer, scheduler, scheduler_interval
-        self.attack_mode, self.seed = attack_mode, seed
-        check_combination(attack, self.radius, self.objective)
+        self.attack_mode, self.seed, self.perturbation = attack_mode, seed, perturbation
+        self.judge = default_judge(attack) if judge is None else judge
+        check_combination(attack, self.radius, self.objective, self.weighting)
+        check_judge(self.judge, attack)
+        check_perturbation(perturbation, model)
         self.radius.allocate(samples)
         self.rows = torch.arange(samples)
         self.register_buffer("visited", torch.zeros(samples, dtype=torch.bool), persistent=False)
@@ -132,9 +181,12 @@ class RobustTraining(L.LightningModule):
         step.attack_loss = self.objective.attack_loss(step)
         eps = self.radius.propose(step)
         x_adv = self.perturb(step, eps)
-        penalty = self.penalty(step, x_adv)  # first, since its graph is gone before the objective builds its own
-        payment = self.objective.pay(step, x_adv)
-        loss = payment.total(self.weighting.weigh(step, payment)).mean() + penalty
+        with self.climbed(step, x_adv) as before:
+            penalty = self.penalty(step, x_adv)  # first, since its graph is gone before the objective builds its own
+            payment, weights, loss = self.pay(step, x_adv)
+            loss = loss + penalty
+            if before is not None:  # the gradient is taken here; a later backward finds the weights put back
+                loss, payment = self.settle(loss), before
         if self.radius.needs_adversary and payment.adversarial_logits is None:
             name = type(self.objective).__name__
             raise InputError(f"objective={name}: gave no adversarial logits, from which the radii are to be learned")
@@ -142,7 +194,7 @@ class RobustTraining(L.LightningModule):
             self.radius.observe(step, payment.adversarial_logits)
         self.visited[step.index] = True
         self._watch(loss)
-        self._log(step, payment, loss, penalty, perturbed=x_adv is not step.x)
+        self._log(step, payment, weights, loss, penalty, perturbed=x_adv is not step.x)
         return loss
 
     def open(self, batch: Batch, batch_idx: int) -> Step:
@@ -154,7 +206,8 @@ class RobustTraining(L.LightningModule):
         noise = Noise(index, fold(self.seed, "training"), draw=epoch)
         batches = self.trainer.num_training_batches
         progress = epoch + (batch_idx / batches if batches not in (0, float("inf")) else 0.0)
-        return Step(self.model, x, y, index, epoch, progress, noise, self.attack_mode, self.craft)
+        where = self.attack.norm, self.attack.box
+        return Step(self.model, x, y, index, epoch, progress, noise, self.attack_mode, self.craft, *where)
 
     def craft(self, model: nn.Module, problem: Problem, loss: Loss | None, judge: bool) -> Adversarial:
         """The training attack, without the checks of a call."""
@@ -173,37 +226,78 @@ class RobustTraining(L.LightningModule):
         for place, regularizer in enumerate(self.regularizers):
             weight = regularizer.weight_at(step.progress)
             if weight:
-                values = regularizer(step.model, x_adv, step.y, step.noise.fold("regularizer", place))
+                x = step.x if regularizer.where == "clean" else x_adv
+                values = regularizer(step.model, x, step.y, step.noise.fold("regularizer", place))
                 total = total + settled(weight * values.mean(), step.model.parameters())
         return total
+
+    def pay(self, step: Step, x_adv: Tensor) -> tuple[Payment, Tensor, Tensor]:
+        """What the batch pays, what each sample weighs (B,), and the mean of both together, ()."""
+        payment = self.objective.pay(step, x_adv)
+        weights = self.weighting.weigh(step, payment)
+        return payment, weights, payment.total(weights).mean()
+
+    @contextmanager
+    def climbed(self, step: Step, x_adv: Tensor) -> Iterator[Payment | None]:
+        """The weights where the loss is worst nearby, where they are to be perturbed, and what was paid before."""
+        if self.perturbation is None or step.epoch < self.perturbation.warmup:
+            yield None
+            return
+        with unnoticed(self, step.x.device):
+            payment, _, loss = self.pay(step, x_adv)
+            ascent = self.perturbation.ascent(step.model, loss)
+        if self.trainer.world_size > 1:  # the whole batch's, as if one process had climbed
+            ascent = [self.trainer.strategy.reduce(gradient, reduce_op="mean") for gradient in ascent]
+        paid = (payment.losses, payment.clean_logits, payment.adversarial_logits, payment.unweighted)
+        before = Payment(*(None if value is None else value.detach() for value in paid))  # type: ignore[arg-type]
+        del payment, loss, paid  # and the graph with them
+        with self.perturbation.moved(step.model, ascent):
+            yield before
+
+    def settle(self, loss: Tensor) -> Tensor:
+        """The loss, (), with its gradient in everything that is trained taken now."""
+        with torch.autocast(loss.device.type, enabled=False):
+            return settled(loss, self.parameters())
 
     # ---- around it ------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Clean accuracy, and accuracy under the training attack at the policy's nominal radius."""
+        """Clean accuracy, and accuracy under the judge at the policy's nominal radius."""
         x, y, index = batch
         # Lightning validates in inference mode, where no input gradient can be taken.
         with torch.inference_mode(False), borrowed(self.model):
             x, y = x.clone(), y.clone()
             with torch.no_grad():
                 clean = ~losses.misclassified(self.model(x), y)
-            found = None
-            if nominal := self.radius.nominal():  # without a radius there is nothing to call robust
-                eps = torch.full((len(y),), nominal, device=x.device)
-                noise = Noise(index.clone(), fold(self.seed, "validation"))
-                found = self.attack.craft(self.model, Problem(x, y, eps, noise)).success
+            held = None
+            if self.radius.nominal():  # without a radius there is nothing to call robust
+                held = self.withstood(self.judge, x, y, Noise(index.clone(), fold(self.seed, "validation")))
         options: dict[str, Any] = {"on_epoch": True, "on_step": False, "batch_size": len(y), "sync_dist": True}
         self.log("validation_clean", clean.float().mean(), prog_bar=True, **options)
-        if found is not None:
-            self.log("validation_robust", (clean & ~found).float().mean(), prog_bar=True, **options)
+        if held is not None:
+            self.log("validation_robust", (clean & held).float().mean(), prog_bar=True, **options)
+
+    def withstood(self, attack: Attack, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        """Whether each sample stands `attack` at the nominal radius, (B,) bool; what breaks it is seen again."""
+        eps = torch.full((len(y),), self.radius.nominal(), device=x.device)
+        with borrowed(self.model):
+            found = attack.craft(self.model, Problem(x, y, eps, noise), judge=False).x
+        if attack.ball:
+            return ~verify(self.model, x, y, found, eps, attack.norm, attack.box)
+        with judging(self.model, x):
+            return ~losses.misclassified(self.model(found), y)
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and schedule, from their factories."""
-        optimizer = self.optimizer(self.model.parameters())
+        """Optimizer and schedule, from their factories; what an objective trains beside the model is theirs too."""
+        optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
             return optimizer
         schedule = {"scheduler": self.scheduler(optimizer), "interval": self.scheduler_interval}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_fit_start(self) -> None:
+        """Refuse a precision that the weights cannot be perturbed in (`InputError`)."""
+        check_perturbation(self.perturbation, self.model, self.trainer.precision)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After an epoch's last batch, give every rank the radii that the others moved."""
@@ -240,8 +334,12 @@ class RobustTraining(L.LightningModule):
                 "the last good checkpoint is kept. Try a smaller learning rate or gradient_clip_val"
             )
 
-    def _log(self, step: Step, payment: Payment, loss: Tensor, penalty: Tensor, *, perturbed: bool) -> None:
+    def _log(
+        self, step: Step, payment: Payment, weights: Tensor, loss: Tensor, penalty: Tensor, *, perturbed: bool
+    ) -> None:
         values = {"loss": loss.detach(), "penalty": penalty.detach()}
+        if not isinstance(self.weighting, Uniform):
+            values["weight_mean"] = weights.detach().float().mean()
         # Without a perturbation, the logits at the adversarial points are those at the clean ones.
         adversarial = "accuracy_adversarial" if perturbed else "accuracy_clean"
         for name, logits in ((adversarial, payment.adversarial_logits), ("accuracy_clean", payment.clean_logits)):

@@ -6,13 +6,14 @@ A policy is a module, so that what it remembers per sample lies in buffers: on t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from wideberth import checks, losses
+from wideberth import checks, geometry, losses
+from wideberth.modes import borrowed
 from wideberth.training.schedules import Schedule, not_negative, value_at
 from wideberth.training.step import Step
 
@@ -92,6 +93,44 @@ class Fixed(Radius):
         return value_at(self.eps, float("inf"))
 
 
+class ClassWise(Radius):
+    """One radius per class, with an optional linear ramp from 0: for classes that can bear more than others.
+
+    Xu et al. 2021 ("To be robust or to be fair") adjust such radii while they train; here they are given, and stay.
+
+    Args:
+        eps: the radii of class 0, 1, ..., in units of the input.
+        warmup: epochs over which they rise linearly from 0.
+    """
+
+    def __init__(self, eps: Sequence[float], warmup: float = 0) -> None:
+        super().__init__()
+        self.eps, self.warmup = [float(radius) for radius in eps], warmup
+        if len(self.eps) < 2:
+            raise checks.InputError(f"eps={self.eps}: must be one radius per class, at least 2")
+        for place, radius in enumerate(self.eps):
+            checks.at_least(f"eps[{place}]", radius, 0)
+        checks.at_least("warmup", warmup, 0)
+        self.register_buffer("by_class", torch.tensor(self.eps), persistent=False)
+        self.by_class: Tensor
+        self._fits = False
+
+    def propose(self, step: Step) -> Tensor:
+        """The radius of each sample's class at the moment, (B,)."""
+        if not self._fits:  # asked once: a label beyond the last radius must not stop a GPU without a word
+            with borrowed(step.model), torch.no_grad():
+                classes = step.model(step.x[:1]).shape[1]
+            if classes != len(self.eps):
+                raise checks.InputError(f"eps: {len(self.eps)} radii, the model has {classes} classes: one for each")
+            self._fits = True
+        ramp = min(1.0, step.progress / self.warmup) if self.warmup else 1.0
+        return ramp * self.by_class[step.y]
+
+    def nominal(self) -> float:
+        """The largest: what holds there holds at the radius of its class."""
+        return max(self.eps)
+
+
 def simple_update(radius: Tensor, broken: Tensor, gamma: float) -> Tensor:
     """The simple rule of IAAT: radius + gamma where the attack failed, - gamma where it broke the sample, >= 0."""
     return (radius + torch.where(broken, -gamma, gamma)).clamp_min(0)
@@ -148,11 +187,10 @@ class InstanceAdaptive(Radius):
         super().__init__()
         checks.choice("rule", rule, ("simple", "lookahead"))
         checks.choice("misclassified", misclassified, ("clean", "decay"))
-        for name, value in (("eps", eps), ("gamma", gamma), ("beta", beta), ("warmup", warmup), ("maximum", maximum)):
+        for name, value in (("eps", eps), ("gamma", gamma), ("warmup", warmup), ("maximum", maximum)):
             if value is not None:
                 checks.at_least(name, value, 0)
-        if beta > 1:
-            raise checks.InputError(f"beta={beta}: a share, must be in [0, 1]")
+        checks.share("beta", beta)
         if maximum is not None and maximum < eps:
             raise checks.InputError(f"maximum={maximum}: below eps={eps}, where every radius starts")
         self.eps, self.rule, self.gamma, self.beta = eps, rule, gamma, beta
@@ -203,3 +241,72 @@ class InstanceAdaptive(Radius):
 
     def _remember(self, step: Step, radius: Tensor) -> None:
         self.radii[step.index] = radius if self.maximum is None else radius.clamp_max(self.maximum)
+
+
+class ShortestSuccessful(Radius):
+    """The shortest successful perturbation (MMA; Ding et al. 2020): samples are moved to the boundary, and no further.
+
+    The attack, at the distance where the boundary was found at the last visit, gives a direction; along that bisection
+    finds where the soft margin is zero. Goes with `attack.loss=soft_margin_loss` and objective `MaxMargin`.
+
+    Args:
+        maximum: the margin that is enough: a boundary further away is not near (`step.near`), and `MaxMargin` does not
+            pay there. The search ends at 1.05 times as much.
+        minimum: the least radius of the attack, which the first visit uses.
+        bisections: points that are tried along the direction, a forward each; the first is the one that the attack
+            found.
+
+    What is remembered is the distance found, 0 where the clean input is wrong by the soft margin; such a sample is
+    trained on as it is.
+
+    What we do differently: directions have unit length in the attack's norm, so that what is remembered is a length,
+    where theirs are divided by the radius of the attack; bisection runs in the attack's mode with frozen weights,
+    where theirs moves batch-norm statistics and builds a graph; the points lie in the box, where theirs are clipped
+    during the search alone; misclassified rows stay in the batch at radius 0, where theirs are taken out of it.
+    """
+
+    def __init__(self, maximum: float = 12 / 255, minimum: float = 0.005, bisections: int = 10) -> None:
+        super().__init__()
+        checks.at_least("maximum", maximum, 0)
+        checks.at_least("bisections", bisections, 1)
+        if not 0 < minimum <= maximum:
+            raise checks.InputError(f"minimum={minimum}: must be in (0, maximum={maximum}]; at 0 nothing is found")
+        self.maximum, self.minimum, self.bisections = maximum, minimum, bisections
+
+    def allocate(self, size: int) -> None:
+        """One distance per sample, all 0: not found yet."""
+        self.radii = torch.zeros(size, device=self.radii.device)
+
+    def nominal(self) -> float:
+        """The maximum: the radius that every sample is to hold at."""
+        return self.maximum
+
+    def propose(self, step: Step) -> Tensor:
+        """The distance of the last visit, at least the minimum; 0 where the clean input is wrong, (B,)."""
+        return torch.where(self._right(step), self.radii[step.index].clamp_min(self.minimum), 0)
+
+    def settle(self, step: Step, x_adv: Tensor) -> Tensor:
+        """The points of the boundary in the directions of `x_adv`, (B, ...), in the box; how far they are is kept."""
+        x = step.x
+        delta = x_adv.to(torch.promote_types(x.dtype, torch.float32)) - x
+        distance = geometry.norm(delta, step.norm)
+        unit = delta / geometry.column(torch.where(distance > 0, distance, 1), x)
+
+        def at(distance: Tensor) -> Tensor:
+            return geometry.inward(x, geometry.column(distance, x) * unit).clamp(*step.box)
+
+        low, high = torch.zeros_like(distance), torch.full_like(distance, 1.05 * self.maximum)
+        distance = torch.minimum(distance, high)
+        with borrowed(step.model, step.attack_mode), torch.no_grad():
+            for _ in range(self.bisections):
+                holds = losses.soft_margin_loss(step.model(at(distance)), step.y) < 0
+                low, high = torch.where(holds, distance, low), torch.where(holds, high, distance)
+                distance = (low + high) / 2
+        right = self._right(step)
+        distance = torch.where(right, distance, 0)
+        self.radii[step.index] = distance.to(self.radii.dtype)
+        step.near = distance < self.maximum
+        return geometry.choose(right, at(distance), x)
+
+    def _right(self, step: Step) -> Tensor:
+        return losses.soft_margin_loss(step.clean_logits, step.y) < 0

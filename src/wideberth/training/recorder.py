@@ -19,6 +19,7 @@ from wideberth import margins
 from wideberth.randomness import fold
 from wideberth.runs import Run, write_atomically
 from wideberth.training.module import RobustTraining
+from wideberth.training.stopping import OverfittingGuard
 
 BINS = 64
 
@@ -134,27 +135,44 @@ class KeepLast(Checkpoint):
     """checkpoints/last.ckpt after every epoch, and best.ckpt by held-out accuracy (robust, if there is a radius).
 
     Both are moved into place whole, so that a full disk or a crash leaves the previous one.
+
+    Args:
+        out: the run directory.
+        patience: epochs without a new best after which training stops; None: it goes on.
+        guard: where it has found a breakdown, that epoch is not saved.
+
+    Attributes:
+        ended: why training stopped before its last epoch; None where it did not.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, patience: int | None = None, guard: OverfittingGuard | None = None) -> None:
         self.folder = out / "checkpoints"
-        self.best = float("-inf")
+        self.patience, self.guard = patience, guard
+        self.best, self.best_epoch = float("-inf"), -1
+        self.ended: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far."""
-        return {"best": self.best}
+        """The best score so far, and when it was."""
+        return {"best": self.best, "best_epoch": self.best_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the best score so far."""
-        self.best = state_dict["best"]
+        self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that had run out of patience does not go on when it is resumed."""
+        self._stop_if_stale(trainer, trainer.current_epoch - 1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the state after this epoch."""
+        if self.guard is not None and self.guard.reason is not None:
+            self.ended = self.guard.reason
+            return
         metrics = trainer.callback_metrics
         score = float(metrics.get("validation_robust", metrics.get("validation_clean", float("nan"))))
         better = score > self.best
         if better:
-            self.best = score
+            self.best, self.best_epoch = score, trainer.current_epoch
         last, fresh = self.folder / "last.ckpt", self.folder / ".saving.ckpt"
         try:
             trainer.save_checkpoint(fresh, weights_only=False)
@@ -168,3 +186,10 @@ class KeepLast(Checkpoint):
             if trainer.is_global_zero:
                 fresh.unlink(missing_ok=True)
         trainer.strategy.barrier()
+        self._stop_if_stale(trainer, trainer.current_epoch)
+
+    def _stop_if_stale(self, trainer: L.Trainer, epoch: int) -> None:
+        stale = epoch - self.best_epoch
+        if self.patience is not None and stale >= self.patience and epoch + 1 != trainer.max_epochs:
+            self.ended = f"stopped after epoch {epoch + 1}: held-out accuracy has not risen for {stale} epochs"
+            trainer.should_stop = True

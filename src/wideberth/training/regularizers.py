@@ -1,65 +1,59 @@
 """Regularizers: what the shape of the function pays. Each gives one value per sample, so that a weight means the same
 at every batch size; published code that squares the gradient of a batch mean divides by B once more, and its weights
 are converted in the recipes.
+
+Here are those of the Jacobian and of the weights; those of the loss around a point are in `linearity`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
-from wideberth import checks, losses
-from wideberth.modes import Mode, borrowed
+from wideberth import checks
+from wideberth.models.heads import CosineHead
+from wideberth.modes import Mode
 from wideberth.randomness import Noise
-from wideberth.training.curvature import twice_differentiable
-from wideberth.training.schedules import Schedule, not_negative, value_at
+from wideberth.training.linearity import Curvature, InputGradient, LocalLinearity
+from wideberth.training.penalty import Regularizer, Where, positive, settled, squared_norm
+from wideberth.training.schedules import Schedule
+
+__all__ = [
+    "Curvature",
+    "EffectiveMargin",
+    "InputGradient",
+    "Jacobian",
+    "LocalLinearity",
+    "Regularizer",
+    "WeightNorm",
+    "Where",
+    "settled",
+    "squared_norm",
+]
+
+_TINY = 1e-12
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, CosineHead)
 
 
-class Regularizer(ABC):
-    """What the shape of the function pays; a new regularizer is one subclass with a `penalise`.
-
-    Args:
-        weight: factor of the mean penalty in the loss: a number >= 0, or a `Schedule` of the epoch.
-        mode: the mode of the model meanwhile. In "eval", batch norm does not couple the samples, and a gradient
-            belongs to its own sample.
-    """
-
-    def __init__(self, weight: float | Schedule, mode: Mode = "eval") -> None:
-        not_negative("weight", weight)
-        self.weight, self.mode = weight, mode
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        """The penalty of each sample, (B,) >= 0, with graph to the parameters of `model`.
-
-        Args:
-            model: given back in the mode it came in.
-            x: (B, ...) where the function's shape is judged: the adversarial points, if there are any.
-            y: (B,) int64 labels.
-            noise: random streams of the rows.
-        """
-        point = x.detach().requires_grad_()
-        # In float32 under autocast too: the squares are tiny at initialisation (1e-5 on a small net).
-        wide = torch.autocast(x.device.type, enabled=False)
-        with borrowed(model, self.mode, freeze=False), wide, twice_differentiable():
-            return self.penalise(model, point, y, noise)
-
-    @abstractmethod
-    def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        """The penalty at `point` (B, ...), which takes gradients, (B,)."""
-
-    def weight_at(self, epoch: float) -> float:
-        """The weight at a moment of training."""
-        return value_at(self.weight, epoch)
+def squared_jacobian(logits: Tensor, point: Tensor) -> Tensor:
+    """||J||_F^2 of each row's Jacobian of `logits` (B, K) at `point`, (B,): one backward per class."""
+    return torch.stack([squared_norm(column, point) for column in logits.unbind(1)]).sum(0)
 
 
-def squared_norm(output: Tensor, point: Tensor) -> Tensor:
-    """Squared l2 norm of the gradient of each row's `output` (B,) at `point` (B, ...), (B,), with graph."""
-    (gradient,) = torch.autograd.grad(output.sum(), point, create_graph=True, materialize_grads=True)
-    return gradient.flatten(1).square().sum(1)
+def projected_jacobian(logits: Tensor, point: Tensor, noise: Noise, draws: int) -> Tensor:
+    """K * ||J^T v||^2, the mean over `draws` random unit vectors v per row, (B,): unbiased for ||J||_F^2."""
+    classes = logits.shape[1]
+    total = torch.zeros(len(point), dtype=logits.dtype, device=logits.device)
+    for draw in range(draws):
+        direction = noise.fold("projection", draw).normal((classes,), logits.dtype)
+        direction = direction / direction.norm(dim=1, keepdim=True)
+        total = total + squared_norm((direction * logits).sum(1), point)
+    return total.mul(classes / draws)
 
 
 class EffectiveMargin(Regularizer):
@@ -93,8 +87,7 @@ class EffectiveMargin(Regularizer):
     ) -> None:
         super().__init__(weight, mode)
         checks.choice("estimator", estimator, ("exact", "projection", "softmax"))
-        if not temperature > 0:
-            raise checks.InputError(f"temperature={temperature}: must be positive")
+        positive("temperature", temperature)
         checks.at_least("draws", draws, 1)
         self.estimator, self.temperature, self.draws = estimator, temperature, draws
 
@@ -105,48 +98,112 @@ class EffectiveMargin(Regularizer):
             mixture = (logits / self.temperature).softmax(1).detach()
             return squared_norm((mixture * logits).sum(1), point)
         if self.estimator == "exact":
-            return torch.stack([squared_norm(column, point) for column in logits.unbind(1)]).sum(0)
-        classes = logits.shape[1]
-        total = torch.zeros(len(point), dtype=logits.dtype, device=logits.device)
-        for draw in range(self.draws):
-            direction = noise.fold("projection", draw).normal((classes,), logits.dtype)
-            direction = direction / direction.norm(dim=1, keepdim=True)
-            total = total + squared_norm((direction * logits).sum(1), point)
-        return total.mul(classes / self.draws)
+            return squared_jacobian(logits, point)
+        return projected_jacobian(logits, point, noise, self.draws)
 
 
-class InputGradient(Regularizer):
-    """Input-gradient regularisation (Ross and Doshi-Velez 2018): ||grad_x CE(z(x), y)||^2, by double backward."""
+class Jacobian(Regularizer):
+    """Jacobian regularisation (Hoffman, Roberts and Yaida 2019): half of ||J||_F^2, the Jacobian of the logits.
+
+    `EffectiveMargin` without its other estimator, at half its weight: in the terms of its own paper.
+
+    Args:
+        weight: factor of the mean penalty; a number or a `Schedule`. The authors use 0.01.
+        draws: random projections whose mean is the estimate.
+        exact: take one backward per class instead, and draw nothing.
+        mode: of the model meanwhile, see `Regularizer`.
+
+    What we do differently: nothing in the value. The model is in eval mode, theirs in train mode, where batch norm
+    couples the samples.
+    """
+
+    def __init__(self, weight: float | Schedule, draws: int = 1, exact: bool = False, mode: Mode = "eval") -> None:
+        super().__init__(weight, mode)
+        checks.at_least("draws", draws, 1)
+        self.draws, self.exact = draws, exact
 
     def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        """The squared l2 norm of each sample's loss gradient, (B,)."""
-        del noise
-        return squared_norm(losses.cross_entropy(model(point), y), point)
+        """Half of each sample's squared Frobenius norm, or of its estimate, (B,)."""
+        logits = model(point)
+        if self.exact:
+            return squared_jacobian(logits, point) / 2
+        return projected_jacobian(logits, point, noise, self.draws) / 2
 
 
-class _Settled(torch.autograd.Function):
-    """A value with the gradients it will have, which are scaled by what comes back."""
+def unnormalised(model: nn.Module) -> list[str]:
+    """The names of the linear and convolution layers after the last normalisation, in the order of registration.
 
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *[scale * gradient for gradient in ctx.gradients]
-
-
-def settled(value: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """`value`, (), with its gradient in `parameters` taken now, and its graph let go.
-
-    The graph of a second derivative is the largest of a training step. Let go before the objective builds its own, the
-    two never lie in memory together: a lower peak, and on a CPU a step several per cent faster.
+    What a normalisation divides by shrinks along with the weights before it, through any layers that are linear or
+    ReLUs: their scale is free, also that of residual branches which meet at a later normalisation. A `CosineHead`
+    normalises its features and its own weight.
     """
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    if not value.requires_grad or not wanted:
-        return value
-    found = torch.autograd.grad(value, wanted, allow_unused=True)
-    reached = [(p, gradient) for p, gradient in zip(wanted, found, strict=True) if gradient is not None]
-    settled_value: Tensor = _Settled.apply(value.detach(), [g for _, g in reached], *[p for p, _ in reached])
-    return settled_value
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, _NORMS):
+            found.clear()
+        elif isinstance(module, nn.Linear | _ConvNd):
+            found.append(name)
+    return found
+
+
+class WeightNorm(Regularizer):
+    """Weight-scale-shift-invariant regularisation (WEISSI; Liu, Cui and Chan 2020): the log of the product of norms.
+
+    The sum over layers of log ||W||_2, W flattened: what one layer of a ReLU net gains in scale and another loses
+    changes neither the function nor the penalty. It asks nothing of the model, is the same for every sample, and may
+    be negative. Switch the optimizer's weight decay off for these layers.
+
+    Args:
+        weight: factor of the penalty; a number or a `Schedule`.
+        sparsity: factor of the sum of ||W||_1 / ||W||_2, added to the above. It is invariant to scale as well.
+        layers: names of the layers that count. None: the linear and convolution layers that no normalisation comes
+            after in the order of `model.named_modules()`. Where the scale is free, the penalty has no lower bound.
+        mode: of the model meanwhile, see `Regularizer`.
+
+    What we do differently: layers before a batch norm (layer, group, ... norm) are left out. The authors' weights are
+    `weight` and `weight * sparsity`.
+    """
+
+    twice = False
+
+    def __init__(
+        self,
+        weight: float | Schedule,
+        sparsity: float = 0.0,
+        layers: Sequence[str] | None = None,
+        mode: Mode = "eval",
+    ) -> None:
+        super().__init__(weight, mode)
+        checks.at_least("sparsity", sparsity, 0)
+        self.sparsity, self.layers = sparsity, layers
+
+    def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        """The sum over the layers, once per sample, (B,)."""
+        del y, noise
+        total = torch.zeros((), dtype=point.dtype, device=point.device)
+        for weight in self.weights(model):
+            length = torch.linalg.vector_norm(weight).clamp_min(_TINY)  # of a layer that starts at zero, too
+            total = total + length.log()
+            if self.sparsity:
+                total = total + self.sparsity * weight.abs().sum() / length
+        return total.expand(len(point))
+
+    def weights(self, model: nn.Module) -> list[Tensor]:
+        """The weights that count.
+
+        Raises:
+            InputError: where there are none, or a name of `layers` is of no layer with a weight.
+        """
+        names = unnormalised(model) if self.layers is None else self.layers
+        if not names:
+            raise checks.InputError(
+                f"WeightNorm(layers={self.layers}): the model has no linear or convolution layer after its last "
+                "normalisation; name the layers that are to count"
+            )
+        modules, found = dict(model.named_modules()), []
+        for name in names:
+            weight = getattr(modules.get(name), "weight", None)
+            if not isinstance(weight, Tensor):
+                raise checks.InputError(f"WeightNorm(layers={list(names)}): the model has no layer {name!r} of weights")
+            found.append(weight)
+        return found

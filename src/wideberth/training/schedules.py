@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,25 @@ class Ramp(Schedule):
     def __call__(self, epoch: float) -> float:
         """The value at `epoch`."""
         return self.start + (self.value - self.start) * min(1.0, epoch / self.epochs)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Half a cosine wave from `start` to `value` over the first `epochs` epochs, flat at both ends, then `value`."""
+
+    value: float
+    epochs: float
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a ramp of no length (`InputError`)."""
+        if not self.epochs > 0:
+            raise InputError(f"Cosine(epochs={self.epochs}): must be positive")
+
+    def __call__(self, epoch: float) -> float:
+        """The value at `epoch`."""
+        way = (1 - math.cos(math.pi * min(1.0, epoch / self.epochs))) / 2
+        return self.start + (self.value - self.start) * way
 
 
 def value_at(schedule: float | Schedule, epoch: float) -> float:

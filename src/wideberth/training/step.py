@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wideberth import losses
 from wideberth.attacks.base import Adversarial
 from wideberth.attacks.state import Problem
+from wideberth.checks import Box, Norm
 from wideberth.losses import Loss
 from wideberth.modes import Mode, borrowed
 from wideberth.randomness import Noise
@@ -32,6 +33,8 @@ class Step:
         noise: one random stream per row, of this epoch.
         attack_mode: the mode in which the model is attacked and its clean prediction read.
         craft: the training attack.
+        norm: its norm, which is that of the radii.
+        box: (low, high) that inputs and adversarial points lie in.
         attack_loss: what it ascends; None: its own loss.
         found: what the attack found that the batch is trained on; None where nothing was attacked.
         near: (B,) bool, whether a boundary was found near enough to be trained on, for policies that look for one.
@@ -46,6 +49,8 @@ class Step:
     noise: Noise
     attack_mode: Mode
     craft: Craft
+    norm: Norm = "linf"
+    box: Box = (0.0, 1.0)
     attack_loss: Loss | None = None
     found: Adversarial | None = None
     near: Tensor | None = None

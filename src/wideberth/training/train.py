@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -25,12 +25,15 @@ from wideberth.configuration import describe
 from wideberth.data import Augmentation, Data, Split, loader
 from wideberth.modes import Mode, borrowed
 from wideberth.runs import Run, write_atomically
-from wideberth.training.directory import claim, export, last_checkpoint, same_experiment
+from wideberth.training.averaging import Averaging
+from wideberth.training.directory import Keep, claim, export, kept_epoch, last_checkpoint, same_experiment
 from wideberth.training.module import MakeOptimizer, MakeScheduler, RobustTraining, sgd
 from wideberth.training.objectives import Objective
+from wideberth.training.perturbation import AWP, check_perturbation
 from wideberth.training.radii import Radius
 from wideberth.training.recorder import KeepLast, Recorder
 from wideberth.training.regularizers import Regularizer
+from wideberth.training.stopping import OverfittingGuard, check_guard
 from wideberth.training.weightings import Weighting
 
 
@@ -51,6 +54,12 @@ def train(
     epochs: int = 10,
     batch_size: int = 128,
     attack_mode: Mode = "eval",
+    perturbation: AWP | None = None,
+    averaging: Averaging | None = None,
+    judge: Attack | None = None,
+    keep: Keep = "last",
+    patience: int | None = None,
+    guard: OverfittingGuard | None = None,
     seed: int = 0,
     workers: int = 0,
     probe: int = 256,
@@ -79,6 +88,12 @@ def train(
         epochs: passes over the training rows.
         batch_size: rows a step, over all devices together.
         attack_mode: the mode of the model under attack.
+        perturbation: of the weights, at which each step's gradient is taken (default: none).
+        averaging: of the weights over training; the average is judged and exported (default: none).
+        judge: attacks the held-out rows after each epoch (default: 10-step PGD on the margin).
+        keep: which weights are exported: those of the "last" epoch, or of the "best" on the held-out rows.
+        patience: stop when held-out accuracy, robust if there is a radius, has not risen for so many epochs.
+        guard: stops when robustness breaks down, and keeps the epoch before.
         seed: of everything random in training; a run is a function of it.
         workers: processes that load data.
         probe: how many rows the effective margin is measured on after each epoch (0: none).
@@ -100,21 +115,36 @@ def train(
     checks.at_least("batch_size", batch_size, 1)
     checks.at_least("workers", workers, 0)
     checks.at_least("probe", probe, 0)
+    if patience is not None:
+        checks.at_least("patience", patience, 1)
+    checks.choice("keep", keep, get_args(Keep))
+    if averaging is not None and averaging.begins >= epochs:
+        kind = type(averaging).__name__
+        raise InputError(f"averaging={kind}(start={averaging.begins}) with epochs={epochs}: would never begin")
     arguments = {name: value for name, value in locals().items() if name not in ("config", "resume", "overwrite")}
     out = Path(out)
     data.prepare()
     split, held_out = data.train(), data.validation()
+    if held_out is None and (keep == "best" or patience is not None):
+        what = f"patience={patience}" if patience is not None else f'keep="{keep}"'
+        raise InputError(f"{what}: no rows are held out to tell one epoch from another; see `validation` of the data")
     attack = PGD(box=data.box) if attack is None else attack
     check_model(model, split, data)
     check_box(attack, data)
     policies = (radius, objective, weighting, regularizers, augment, optimizer, scheduler, scheduler_interval)
-    module = RobustTraining(model, split.source_size, attack, *policies, attack_mode, seed)
+    module = RobustTraining(model, split.source_size, attack, *policies, attack_mode, seed, perturbation, judge)
     module.rows = split.rows
+    check_guard(guard, module)
+    keeper = KeepLast(out, patience, guard)
+    terminal = progress and sys.stderr.isatty()
+    recorder = Recorder(out, _probe(held_out or split, probe), echo=progress and not terminal)
+    callbacks: list[Callback] = [each for each in (averaging, guard, recorder, keeper) if each is not None]
     with quiet():
-        engine = _engine(out, _probe(held_out or split, probe), epochs, progress, trainer or {})
+        engine = _engine(callbacks, epochs, terminal, trainer or {})
+    check_perturbation(perturbation, model, engine.precision)
     # Last of what may refuse: from here on, `overwrite` has taken its toll.
     claim(out, resume=resume, overwrite=overwrite)
-    chosen = {name: getattr(module, name) for name in ("attack", "radius", "objective", "weighting")}
+    chosen = {name: getattr(module, name) for name in ("attack", "radius", "objective", "weighting", "judge")}
     record = {name: describe(value) for name, value in (arguments | chosen).items()} if config is None else config
     if resume:
         same_experiment(out, record)
@@ -133,8 +163,12 @@ def train(
             ckpt_path=checkpoint,
             weights_only=True,
         )
-    if engine.is_global_zero:
-        export(out, module, split)
+    if Run(out).checkpoint is not None:  # some processes may be on machines that do not see the run directory
+        said = {"epoch": kept_epoch(out, module, keep), "keep": keep, "ended": keeper.ended}
+        if engine.is_global_zero:
+            export(out, module, split, said)
+    if engine.is_global_zero and keeper.ended is not None:
+        print(keeper.ended, file=sys.stderr)
     return Run(out)
 
 
@@ -194,17 +228,9 @@ def _probe(split: Split, size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     return x, y
 
 
-def _engine(
-    out: Path,
-    probe: tuple[torch.Tensor, torch.Tensor] | None,
-    epochs: int,
-    progress: bool,
-    options: dict[str, Any],
-) -> L.Trainer:
-    terminal = progress and sys.stderr.isatty()
-    callbacks: list[Callback] = [Recorder(out, probe, echo=progress and not terminal), KeepLast(out)]
+def _engine(callbacks: list[Callback], epochs: int, terminal: bool, options: dict[str, Any]) -> L.Trainer:
     if terminal:
-        callbacks.append(RichProgressBar())
+        callbacks = [*callbacks, RichProgressBar()]
     defaults: dict[str, Any] = {
         "max_epochs": epochs,
         "logger": False,
@@ -216,7 +242,7 @@ def _engine(
         "log_every_n_steps": 1,
     }
     given = dict(options)
-    callbacks += given.pop("callbacks", None) or []
+    callbacks = [*callbacks, *(given.pop("callbacks", None) or [])]
     try:
         return L.Trainer(**(defaults | given), callbacks=callbacks)
     except (TypeError, ValueError, MisconfigurationException) as error:

@@ -1,0 +1,103 @@
+"""Perturbation of the weights: the step is taken from where the loss is worst nearby."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wideberth import checks
+from wideberth.checks import InputError
+
+
+@dataclass(frozen=True)
+class AWP:
+    """Adversarial weight perturbation (AWP; Wu, Xia and Wang 2020): weights whose neighbourhood is good, too.
+
+    After the attack each layer's weights w move by a vector of length gamma * ||w|| in the direction in which the
+    training loss rises; the loss is paid, and its gradient taken, there; then the weights are put back and stepped.
+
+    Args:
+        gamma: length of the move relative to the layer's weights: 0.01 for PGD-AT, 0.005 for TRADES.
+        warmup: epochs before it begins: 0 for PGD-AT, 10 for TRADES.
+
+    Only weights of more than one dimension move: no biases, no batch norm. Penalties are paid at the moved weights, but
+    the climb does not see them. With `accumulate_grad_batches` each batch climbs by itself.
+
+    What we do differently: the weights are put back, bit for bit, before the optimizer steps instead of after it. That
+    is the same step without the rounding, save that weight decay sees the weights and not the moved ones. The climb
+    runs on the model itself with its batch-norm statistics put back, where theirs needs a copy of the network; it meets
+    the same dropout as the step. Radii and logged accuracies are read off the weights before the move.
+    """
+
+    gamma: float = 0.01
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse hyper-parameters that make no sense (`InputError`)."""
+        checks.at_least("gamma", self.gamma, 0)
+        checks.at_least("warmup", self.warmup, 0)
+
+    def ascent(self, model: nn.Module, loss: Tensor) -> list[Tensor]:
+        """The gradient of the loss, (), in each of `layers`; zero where the loss does not depend on it."""
+        with torch.autocast(loss.device.type, enabled=False):
+            return list(torch.autograd.grad(loss, layers(model), allow_unused=True, materialize_grads=True))
+
+    @contextmanager
+    def moved(self, model: nn.Module, ascent: Sequence[Tensor]) -> Iterator[None]:
+        """Lend the model with its `layers` moved along `ascent`, and give it back exactly as it was."""
+        weights = layers(model)
+        kept = [weight.detach().clone() for weight in weights]
+        try:
+            with torch.no_grad():
+                for weight, raw in zip(weights, ascent, strict=True):
+                    weight.add_(rescaled(raw, weight), alpha=self.gamma)
+            torch.clear_autocast_cache()  # or half precision would go on with its copies of the weights before
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, value in zip(weights, kept, strict=True):
+                    weight.copy_(value)
+            torch.clear_autocast_cache()
+
+
+def layers(model: nn.Module) -> list[nn.Parameter]:
+    """What is moved: trainable parameters with "weight" in their name and more than one dimension."""
+    return [p for name, p in model.named_parameters() if "weight" in name and p.dim() > 1 and p.requires_grad]
+
+
+def rescaled(raw: Tensor, weight: Tensor) -> Tensor:
+    """`raw` with the l2 norm of `weight`; zero where it has no direction, or none that is finite."""
+    wide = torch.promote_types(raw.dtype, torch.float32)
+    length = raw.to(wide).norm()
+    ratio = weight.detach().to(wide).norm() / length
+    return torch.where((length > 0) & length.isfinite(), raw * ratio.to(raw.dtype), 0)
+
+
+@contextmanager
+def unnoticed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A pass that leaves no trace: batch-norm statistics, like all buffers, and the global generators are put back."""
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+def check_perturbation(perturbation: AWP | None, model: nn.Module, precision: str | None = None) -> None:
+    """Refuse a model that has nothing to move, and the precision whose gradients must be scaled (`InputError`)."""
+    if perturbation is None:
+        return
+    name = type(perturbation).__name__
+    if not layers(model):
+        raise InputError(f"perturbation={name}: the model has no trainable weights of more than one dimension to move")
+    if precision == "16-mixed":
+        raise InputError(
+            f'perturbation={name} with precision="16-mixed": its gradients are taken before the loss is scaled, and '
+            'would vanish in float16; use "bf16-mixed" or "32-true"'
+        )
