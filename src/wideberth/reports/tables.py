@@ -34,8 +34,9 @@ def comparison(runs: Sequence[Run]) -> pd.DataFrame:
     """One row per run: accuracies as fractions with their intervals, medians in input units, cost, and the protocol.
 
     Columns: name; clean_accuracy, clean_low, clean_high; robust_accuracy, robust_low, robust_high; effective_margin
-    and effective_weight_norm (medians over the evaluated samples); epochs; seconds (of training); data, split, norm,
-    eps, suite, n. NaN or None where a run does not hold the record.
+    and effective_weight_norm (medians over the evaluated samples); epochs; kept_epoch (whose weights the run exported,
+    counted from 1); seconds (of training); data, split, norm, eps, suite, n. NaN or None where a run does not hold the
+    record.
     """
     return pd.DataFrame([_row(run, name) for run, name in zip(runs, labels(runs), strict=True)])
 
@@ -55,6 +56,7 @@ def _row(run: Run, name: str) -> dict[str, object]:
             row[column] = float(samples[column].median())
     trained = last(metrics, "epoch") + 1
     row["epochs"] = trained if math.isfinite(trained) else number(config_of(run).get("epochs"))
+    row["kept_epoch"] = number((run.export or {}).get("epoch")) + 1
     row["seconds"] = (
         float(metrics["seconds"].sum(min_count=1)) if metrics is not None and "seconds" in metrics else math.nan
     )
@@ -92,6 +94,8 @@ def printed(comparison: pd.DataFrame) -> tuple[list[str], list[list[Cell]]]:
     columns[f"effective margin, {distance.name}"] = _numbers(comparison["effective_margin"], distance)
     columns["effective weight norm"] = _numbers(comparison["effective_weight_norm"], Unit(1.0, ""))
     columns["epochs"] = _numbers(comparison["epochs"], Unit(1.0, ""))
+    if (comparison["kept_epoch"] < comparison["epochs"]).any():
+        columns["weights of epoch"] = _numbers(comparison["kept_epoch"], Unit(1.0, ""))
     columns["training time"] = [Cell(duration_text(value)) for value in comparison["seconds"]]
     for key in differing:
         columns[key] = [Cell(_protocol(key, value)) for value in comparison[key]]

@@ -228,7 +228,7 @@ class RobustTraining(L.LightningModule):
             if weight:
                 x = step.x if regularizer.where == "clean" else x_adv
                 values = regularizer(step.model, x, step.y, step.noise.fold("regularizer", place))
-                total = total + settled(weight * values.mean(), step.model.parameters())
+                total = total + self.settle(weight * values.mean())
         return total
 
     def pay(self, step: Step, x_adv: Tensor) -> tuple[Payment, Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from wideberth import checks
 from wideberth.checks import InputError
 
 
-@dataclass(frozen=True)
 class AWP:
     """Adversarial weight perturbation (AWP; Wu, Xia and Wang 2020): weights whose neighbourhood is good, too.
 
@@ -33,13 +31,10 @@ class AWP:
     the same dropout as the step. Radii and logged accuracies are read off the weights before the move.
     """
 
-    gamma: float = 0.01
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse hyper-parameters that make no sense (`InputError`)."""
-        checks.at_least("gamma", self.gamma, 0)
-        checks.at_least("warmup", self.warmup, 0)
+    def __init__(self, gamma: float = 0.01, warmup: int = 0) -> None:
+        checks.at_least("gamma", gamma, 0)
+        checks.at_least("warmup", warmup, 0)
+        self.gamma, self.warmup = gamma, warmup
 
     def ascent(self, model: nn.Module, loss: Tensor) -> list[Tensor]:
         """The gradient of the loss, (), in each of `layers`; zero where the loss does not depend on it."""
