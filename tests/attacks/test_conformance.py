@@ -129,7 +129,7 @@ TABLE = (
     Row("noise-first-flip", RandomNoise(tries=8, keep="first_flip"), random=True, judges=True, fixed_cost=8),
     Row("early-stopped", EarlyStoppedPGD(steps=3, start="none"), random=False, judges=False, fixed_cost=6),
     Row("early-stopped-noisy", EarlyStoppedPGD(steps=3, tau=1, omega=0.02), random=True, judges=False, fixed_cost=6),
-    Row("square", Square(queries=40), random=True, judges=True, fixed_cost=40, shaped=True, even=False),
+    Row("square", Square(queries=40), random=True, judges=True, fixed_cost=40, shaped=True),
     Row(
         "square-rescaled",
         Square(queries=40, rescaled=True),

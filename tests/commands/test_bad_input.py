@@ -40,6 +40,12 @@ REFUSED = {
         ["InstanceAdaptive", "CleanCrossEntropy"],
     ),
     "attack that never moves": (("--objective", "TRADES", "--attack.start", "none"), ["start", "TRADES"]),
+    "option of a class that is not named": (("--objective.loss", "LabelSmoothing"), ["--objective CLASS", "first"]),
+    "best of nothing": (("--keep", "best"), ["keep", "held out"]),
+    "weights without attack": (
+        ("--weighting", "GAIRAT", "--radius", "Zero"),
+        ["GAIRAT", "Zero"],
+    ),
     "unknown trainer option": (("--trainer.nope", "3"), ["nope"]),
     "nothing to resume": (("--resume",), ["new", "last.ckpt"]),
 }

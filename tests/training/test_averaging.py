@@ -88,6 +88,15 @@ def test_ema_is_the_sum_that_it_says(tmp_path: Path) -> None:
     assert run.finished
 
 
+def test_an_epoch_that_ends_early_exports_the_average(tmp_path: Path) -> None:
+    model, averaging = mlp(), EMA(0.9)
+    watched(model, tmp_path / "run", averaging=averaging, trainer={"max_steps": 5})
+    assert averaging.updates == 5
+    assert all(torch.equal(value, averaging.average[name]) for name, value in model.state_dict().items())
+    assert averaging.trained is not None
+    assert not same(averaging.trained, model.state_dict())
+
+
 def test_training_does_not_know_of_the_average(tmp_path: Path) -> None:
     """Trained weights, learned radii and what follows from them are those of a run without it."""
     radius = InstanceAdaptive(0.1, gamma=0.02, warmup=0)

@@ -277,6 +277,16 @@ def test_a_frozen_batch_norm_stays_frozen() -> None:
     assert norm.num_batches_tracked == 0
 
 
+def test_a_model_that_comes_in_eval_mode_is_trained_in_train_mode(tmp_path: Path) -> None:
+    """As `load_model` gives it; but what alone is in eval mode was frozen on purpose."""
+    for frozen in (False, True):
+        model = mlp(batch_norm=True)
+        norm = batch_norm_of(model)
+        norm.eval() if frozen else model.eval()
+        fit(model, tensors(), tmp_path / str(frozen), epochs=1, batch_size=4)
+        assert norm.num_batches_tracked == (0 if frozen else 3)
+
+
 def test_a_step_draws_nothing_from_the_global_generator() -> None:
     module = module_of(mlp(), radius=InstanceAdaptive(0.1, "lookahead", warmup=0), regularizers=[EffectiveMargin(0.1)])
     batch = batch_of(tensors(), [0, 1, 2, 3])

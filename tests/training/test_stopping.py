@@ -200,7 +200,7 @@ def test_the_guard_keeps_the_epoch_before(tmp_path: Path, capsys: pytest.Capture
     assert (robust.diff()[1:last] > -0.2).all()
     assert run.export is not None
     assert run.export["epoch"] == last - 1
-    assert run.export["ended"].endswith(f"in epoch {last + 1}: the weights of the epoch before are kept")
+    assert run.export["ended"].endswith(f"in epoch {last + 1}: training stops, and that epoch is not kept")
     assert capsys.readouterr().err == run.export["ended"] + "\n"
     straight = mlp()
     run_of(tmp_path / "straight", straight, epochs=last, **options)

@@ -154,7 +154,7 @@ class Subject:
         return Reached(broken, torch.where(broken, 1, headway))
 
     def attacked(self, attack: Attack, *words: str, eps: float | None = None, by: nn.Module | None = None) -> Reached:
-        """How far an attack gets, within `eps`, following the gradients of `by` (default: the model's own)."""
+        """How far an attack gets, within `eps`, following the gradients of `by` (default: `stand_in`)."""
         self.margin_gradient  # noqa: B018 (refuses where there is none)
         self._settled()
         model = self.stand_in if by is None else by

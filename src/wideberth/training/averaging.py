@@ -79,6 +79,10 @@ class Averaging(L.Callback, ABC):
             if due:
                 self.refresh(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the average in place, if the epoch was ended before its last batch (`max_steps`)."""
+        self._put_in_place(pl_module)
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the average in place, if validation comes before the end of an epoch."""
         if trainer.training or trainer.validating:

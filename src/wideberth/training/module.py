@@ -296,8 +296,12 @@ class RobustTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        """Refuse a precision that the weights cannot be perturbed in (`InputError`)."""
+        """Refuse a precision that the weights cannot be perturbed in (`InputError`); train what came in eval mode."""
         check_perturbation(self.perturbation, self.model, self.trainer.precision)
+        for part in (self.model, self.objective):
+            # As `load_model` gives it. Where some module is in train mode, those that are not were frozen on purpose.
+            if isinstance(part, nn.Module) and not any(module.training for module in part.modules()):
+                part.train()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After an epoch's last batch, give every rank the radii that the others moved."""
@@ -306,6 +310,7 @@ class RobustTraining(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Stop on a loss that was not finite, before a checkpoint is written."""
+        self._synchronise()  # once more, for an epoch that was ended before its last batch (`max_steps`)
         self._refuse_bad_steps()
 
     def _synchronise(self) -> None:

@@ -115,6 +115,11 @@ class ClassWise(Radius):
         self.by_class: Tensor
         self._fits = False
 
+    def allocate(self, size: int) -> None:
+        """Nothing to remember; the model may be another than in an earlier run."""
+        del size
+        self._fits = False
+
     def propose(self, step: Step) -> Tensor:
         """The radius of each sample's class at the moment, (B,)."""
         if not self._fits:  # asked once: a label beyond the last radius must not stop a GPU without a word

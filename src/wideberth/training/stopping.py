@@ -23,7 +23,8 @@ class OverfittingGuard(L.Callback):
         drop: how much robust accuracy may fall within an epoch, as a share of the batch, in [0, 1].
         steps: of the attack.
 
-    The weights of the epoch before are then the last that the run keeps. With weight averaging, the average is judged.
+    That epoch is not kept: the weights of the one before are the run's last. With weight averaging, the average is
+    judged.
 
     What we do differently: points count as broken where any step flipped them.
     """
@@ -66,7 +67,7 @@ class OverfittingGuard(L.Callback):
         if self.before is not None and self.before - now > self.drop:
             self.reason = (
                 f"robust accuracy on the first batch fell from {self.before:.0%} to {now:.0%} in epoch "
-                f"{trainer.current_epoch + 1}: the weights of the epoch before are kept"
+                f"{trainer.current_epoch + 1}: training stops, and that epoch is not kept"
             )
             trainer.should_stop = True
         self.before = now
