@@ -169,11 +169,11 @@ def test_steps_become_epochs() -> None:
 
 
 def test_levels() -> None:
-    levels = recipes.Levels([1, 0.3, 0.1], [0, 20, 30])
+    levels = wb.schedules.Levels([1, 0.3, 0.1], [0, 20, 30])
     assert [levels(epoch) for epoch in (0, 19, 20, 29, 30, 99)] == [1, 1, 0.3, 0.3, 0.1, 0.1]
     for factors, starts in (([1, 2], [0]), ([1, 2], [1, 2]), ([1, 2], [0, 0]), ([], [])):
         with pytest.raises(InputError, match="starts"):
-            recipes.Levels(factors, starts)
+            wb.schedules.Levels(factors, starts)
 
 
 @pytest.mark.parametrize("width", [40, 80, 100, 140, 250])

@@ -31,17 +31,13 @@ from wideberth.training.regularizers import (
 from wideberth.training.weightings import GAIRAT, MAIL, Uniform, Weighting
 
 # One row per method; test_loop.py has more forms of each, in pairs.
-HERE = {
-    "objective": {name: OBJECTIVES[name] for name in ("CleanCrossEntropy", "AdversarialCrossEntropy", "TRADES", "MART")}
-    | {name: OBJECTIVES[name] for name in ("ALP", "MaxMargin")},
-    "radius": {name: RADII[name] for name in ("Zero", "Fixed", "InstanceAdaptive", "ShortestSuccessful")},
-}
-THESE_OBJECTIVES: dict[str, Callable[[], Objective]] = HERE["objective"] | {
-    "LBGAT": lambda: LBGAT(mlp(64, 10, batch_norm=True))
-}
-THESE_RADII: dict[str, Callable[[], Radius]] = HERE["radius"] | {
-    "ClassWise": lambda: ClassWise([0.05 + 0.01 * k for k in range(10)])
-}
+THESE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    name: OBJECTIVES[name]
+    for name in ("CleanCrossEntropy", "AdversarialCrossEntropy", "TRADES", "MART", "ALP", "MaxMargin")
+} | {"LBGAT": lambda: LBGAT(mlp(64, 10, batch_norm=True))}
+THESE_RADII: dict[str, Callable[[], Radius]] = {
+    name: RADII[name] for name in ("Zero", "Fixed", "InstanceAdaptive", "ShortestSuccessful")
+} | {"ClassWise": lambda: ClassWise([0.05 + 0.01 * k for k in range(10)])}
 WEIGHTINGS: dict[str, Callable[[], Weighting]] = {
     "Uniform": Uniform,
     "MAIL": lambda: MAIL(start=0),

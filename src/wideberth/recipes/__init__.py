@@ -17,9 +17,8 @@ from typing import Any
 import yaml
 
 from wideberth.checks import InputError
-from wideberth.recipes.levels import Levels
 
-__all__ = ["ROOT", "About", "Levels", "Reported", "about", "find_recipe", "recipe_names"]
+__all__ = ["ROOT", "About", "Reported", "about", "find_recipe", "recipe_names"]
 
 ROOT = Path(__file__).parent
 
