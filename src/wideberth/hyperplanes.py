@@ -7,6 +7,8 @@ no loop over rows or entries.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,12 +38,13 @@ def shortest_step(x: Tensor, normal: Tensor, rise: Tensor, p: Norm, box: Box) ->
     scale = toward.abs().amax(1, keepdim=True)
     scale = torch.where(scale > 0, scale, 1)
     gain, wanted = toward.abs() / scale, rise.to(wide).abs()[:, None] / scale
-    # How far each entry can go the way it wants to: the larger of the two signed distances to the faces; 0 where
-    # nothing is to be gained (times an infinite box: NaN). No bools: they would not run in vectors.
+    # How far each entry can go the way it wants to: the larger of the two signed distances to the faces. No bools: they
+    # would not run in vectors.
     way = toward.sign()
-    room = (
-        torch.maximum(way * (box[1] - base), way * (box[0] - base)).nan_to_num(nan=0, posinf=float("inf")).clamp_min(0)
-    )
+    room = torch.maximum(way * (box[1] - base), way * (box[0] - base))
+    if not all(map(math.isfinite, box)):
+        room = room.nan_to_num(nan=0, posinf=float("inf"))  # where nothing is to be gained: 0 times infinity
+    room = room.clamp_min_(0)
     size = _greedy(gain, room, wanted) if p == "l1" else _level(gain, room, wanted, p)
     return (size * way).view(x.shape)
 
@@ -54,12 +57,12 @@ def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm) -> Tensor:
     """
     # An entry without gain has no room either, and counts for nothing.
     corner = room if p == "linf" else room / gain.clamp_min(torch.finfo(gain.dtype).tiny)
-    most, slopes = (gain * room).nan_to_num(nan=0), gain if p == "linf" else gain * gain
-    level, held, part = torch.zeros_like(wanted), torch.empty_like(gain), torch.empty_like(gain)
+    most, slopes = (gain * room).nan_to_num_(nan=0), gain if p == "linf" else gain * gain
+    level, share = torch.zeros_like(wanted), torch.empty_like(gain)
     for _ in range(_ROUNDS):
-        torch.le(corner, level, out=held)  # as numbers
-        missing = wanted - torch.mul(held, most, out=part).sum(1, keepdim=True)
-        slope = torch.mul(held.neg_().add_(1), slopes, out=part).sum(1, keepdim=True)
+        # Which entries have come to the face, and which are still on their way, as numbers.
+        missing = wanted - torch.linalg.vecdot(torch.le(corner, level, out=share), most)[:, None]
+        slope = torch.linalg.vecdot(torch.gt(corner, level, out=share), slopes)[:, None]
         further = torch.where(slope > 0, missing / slope, float("inf"))
         # Only where looking costs nothing: a GPU had better do all rounds than wait to be asked.
         if level.device.type == "cpu" and bool((further <= level).all()):

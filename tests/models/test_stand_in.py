@@ -153,6 +153,40 @@ def test_rectifiers_join_their_convolutions_and_nothing_changes(at_once: bool) -
     assert alike.min() > 0.98
 
 
+@pytest.mark.usefixtures("able")
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel", "padding"),
+    [
+        (1, (12, 8), 3, 1),
+        (1, (7, 7), 3, 1),
+        (1, (9, 6), 5, 2),
+        (2, (8, 8), 3, 0),
+        (3, (10, 6), (5, 3), (1, 2)),
+        (17, (4, 4), 3, 1),
+    ],
+)
+def test_gradient_of_the_first_layer_goes_back_to_blocks_of_pixels(
+    channels: int, size: tuple[int, int], kernel: int | tuple[int, int], padding: int | tuple[int, int]
+) -> None:
+    """Whatever blocks the size allows, bit for bit what torch's own backward says: small whole numbers sum exactly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(channels, 5, kernel, padding=padding), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    x = torch.randint(0, 3, (4, channels, *size)).float()
+    model(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randint(-2, 3, parameter.shape))
+    copy = narrowed(fused(model, x), x)
+    point = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(copy(point)[:, 0].sum(), point)
+    (expected,) = torch.autograd.grad(model(point)[:, 0].sum(), point)
+    assert torch.equal(found, expected)
+    first = next(part for part in copy.modules() if hasattr(part, "turned"))
+    if first.at_once:
+        fitting = [k for k in (1, 2, 3, 4) if k == 1 or (channels * k * k <= 16 and not any(n % k for n in size))]
+        assert list(first.turned) == [max(fitting)]
+
+
 class Standardised(nn.Conv2d):
     """A convolution of a kind of its own: its weights are standardised in every forward."""
 

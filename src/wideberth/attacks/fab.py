@@ -117,14 +117,13 @@ class FAB(Attack):
 
     def _along(self, x: Tensor, back: Tensor, plane: Plane) -> tuple[Tensor, Tensor]:
         """From x + `back`, the next perturbation (B, ...), and how far the boundary is from x itself (B,)."""
-        both = Plane(*(torch.cat([part, part]) for part in (plane.point, plane.normal, plane.value)))
-        step = both.step_from(torch.cat([x + back, x]), self.norm, self.box)
-        here, there = geometry.norm(step, self.norm).chunk(2)
+        # One after the other: twice the rows at once would not stay in a CPU's cache.
+        from_here, from_input = (plane.step_from(point, self.norm, self.box) for point in (x + back, x))
+        here, there = geometry.norm(from_here, self.norm), geometry.norm(from_input, self.norm)
         total = here + there
         share = torch.where(total > 0, here / total, 0).clamp_max(self.alpha_max)
         alpha = geometry.column(share, back)
-        from_here, from_input = step.chunk(2)
-        return (1 - alpha) * (back + self.eta * from_here) + alpha * self.eta * from_input, there
+        return torch.lerp(back + self.eta * from_here, self.eta * from_input, alpha), there
 
     def _stray(self, problem: Problem, distance: Tensor) -> Tensor:
         """A random perturbation, of at most half of eps and at most as long as the way to the boundary (B,)."""
