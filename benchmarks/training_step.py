@@ -236,6 +236,7 @@ def main() -> None:
         "gradient double": penalised(regularizers.InputGradient(1e-4)),
         "gradient finite": penalised(regularizers.InputGradient(1e-4, "finite")),
         "LLR": penalised(regularizers.LocalLinearity(1e-4, EPS, steps=STEPS)),
+        "GradAlign": penalised(regularizers.GradientAlignment(1e-4)),
         "CURE": penalised(regularizers.Curvature(1e-4)),
         "IAAT lookahead": ours(model, batches, BATCH, radius=adaptive(EPS, "lookahead", warmup=0), attack=scaled),
         "authors' IAAT": timed(lambda: authors(x, y, index)),
@@ -262,6 +263,7 @@ def main() -> None:
         "gradient double": Passes(updates=1 + 2),
         "gradient finite": Passes(-1, 1, 1 + 2),
         "LLR": Passes(0, STEPS, 1 + 3),
+        "GradAlign": Passes(updates=1 + 4),
         "CURE": Passes(updates=1 + 4),
         "IAAT lookahead": Passes(3, 3 * STEPS, 1),
     }

@@ -14,6 +14,7 @@ from wideberth.randomness import Noise
 from wideberth.training.regularizers import (
     Curvature,
     EffectiveMargin,
+    GradientAlignment,
     InputGradient,
     Jacobian,
     LocalLinearity,
@@ -126,6 +127,16 @@ def from_tangent(model: nn.Module, x: Tensor, y: Tensor, point: Tensor) -> Tenso
     return gap.abs() + 0.3 * along.abs()
 
 
+def nearby(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+    """A random point within 0.2."""
+    return x + 0.2 * (2 * noise.fold("alignment").uniform(x.shape[1:], x.dtype) - 1)
+
+
+def cosine(model: nn.Module, x: Tensor, y: Tensor, point: Tensor) -> Tensor:
+    one, two = (loss_gradient(model, at, y).flatten(1) for at in (x, point))
+    return F.cosine_similarity(one, two)
+
+
 def turned(model: nn.Module, x: Tensor, y: Tensor, point: Tensor) -> Tensor:
     change = loss_gradient(model, point, y) - loss_gradient(model, x, y)
     return change.flatten(1).square().sum(1)
@@ -187,6 +198,12 @@ ROWS: dict[str, Row] = {
         differences=True,
     ),
     "linearity": Row(linearity, farthest, from_tangent, differences=True),
+    "alignment": Row(
+        lambda: GradientAlignment(1.0, eps=0.2),
+        nearby,
+        lambda m, x, y, held: 1 - cosine(m, x, y, held),
+        differences=True,
+    ),
     "curvature": Row(
         lambda: Curvature(1.0, step=0.4), lambda m, x, y, n: signs(m, x, y, 0.4), turned, differences=True
     ),

@@ -22,6 +22,7 @@ from wideberth.training.radii import ClassWise, Radius
 from wideberth.training.regularizers import (
     Curvature,
     EffectiveMargin,
+    GradientAlignment,
     InputGradient,
     Jacobian,
     LocalLinearity,
@@ -49,6 +50,7 @@ REGULARIZERS: dict[str, Callable[[], list[Regularizer]]] = {
     "Jacobian": lambda: [Jacobian(0.01)],
     "InputGradient": lambda: [InputGradient(0.01, "finite")],
     "LocalLinearity": lambda: [LocalLinearity(0.01, 0.1, steps=1)],
+    "GradientAlignment": lambda: [GradientAlignment(0.01)],
     "Curvature": lambda: [Curvature(0.01)],
     "WeightNorm": lambda: [WeightNorm(0.01)],
 }

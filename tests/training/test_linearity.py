@@ -14,7 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_tools import seeded
 
 from wideberth.randomness import Noise
-from wideberth.training.regularizers import Curvature, InputGradient, LocalLinearity, Regularizer, WeightNorm, settled
+from wideberth.training.regularizers import (
+    Curvature,
+    GradientAlignment,
+    InputGradient,
+    LocalLinearity,
+    Regularizer,
+    WeightNorm,
+    settled,
+)
 
 
 class Loss(nn.Module):
@@ -186,6 +194,27 @@ def test_the_start_belongs_to_the_row() -> None:
     assert not torch.allclose(same, regularizer(model, x, y, Noise(noise.index, noise.seed + 1)))
 
 
+# ---- gradient alignment ---------------------------------------------------------------------------------------------
+
+
+def test_alignment_of_a_quadratic_is_the_angle_its_matrix_turns_the_gradient_by() -> None:
+    noise = Noise(torch.arange(len(X)), 4)
+    delta = 0.3 * (2 * noise.fold("alignment").uniform((2,), torch.float64) - 1)
+    expected = 1 - F.cosine_similarity(X @ of(H), (X + delta) @ of(H))
+    assert torch.allclose(of_class_0(GradientAlignment(1.0, 0.3), quadratic(H)), expected, rtol=1e-9, atol=1e-12)
+    assert expected.max() > 1e-3
+
+
+def test_gradients_of_an_affine_loss_agree_and_a_flat_one_pays_nothing() -> None:
+    model = affine([0.6, -0.8])
+    assert of_class_0(GradientAlignment(1.0, 0.3), model).tolist() == pytest.approx([0] * 3, abs=1e-12)
+    flat = affine([0.0, 0.0])
+    values = of_class_0(GradientAlignment(1.0, 0.3), flat)
+    assert values.tolist() == [0, 0, 0]
+    (gradient,) = torch.autograd.grad(values.mean(), flat.weight, materialize_grads=True)
+    assert gradient.tolist() == [0, 0]
+
+
 # ---- curvature ------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +277,7 @@ COSTS: dict[str, tuple[Callable[[], Regularizer], tuple[int, int, int], tuple[in
     "InputGradient": (lambda: InputGradient(1.0), (1, 1, 0), (1, 1, 2)),
     "InputGradient finite": (lambda: InputGradient(1.0, "finite"), (2, 1, 0), (0, 2, 2)),
     "LocalLinearity": (lambda: LocalLinearity(1.0), (1 + 10 + 1, 1 + 10, 0), (1, 2, 3)),
+    "GradientAlignment": (lambda: GradientAlignment(1.0), (2, 2, 0), (2, 2, 4)),
     "Curvature": (lambda: Curvature(1.0), (2, 2, 0), (2, 2, 4)),
     "EffectiveMargin": (ROWS["softmax"].make, (1, 1, 0), (1, 0, 1)),
     "Jacobian": (ROWS["Jacobian"].make, (1, 1, 0), (1, 0, 1)),
@@ -274,6 +304,7 @@ def test_passes_through_the_model(name: str) -> None:
         ("input gradient", [True]),
         ("input gradient, finite", [False, False]),
         ("curvature", [True, True]),
+        ("alignment", [True, True]),
         ("linearity", [True, False, False, False, False]),
     ],
 )

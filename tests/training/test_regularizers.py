@@ -18,6 +18,7 @@ from wideberth.randomness import Noise
 from wideberth.training.regularizers import (
     Curvature,
     EffectiveMargin,
+    GradientAlignment,
     InputGradient,
     Jacobian,
     LocalLinearity,
@@ -246,7 +247,7 @@ def test_a_regularizer_is_given_the_points_it_asks_for(where: str) -> None:
 
 def test_what_is_judged_where() -> None:
     clean = {type(row.make()).__name__ for row in ROWS.values() if row.make().where == "clean"}
-    assert clean == {"LocalLinearity", "Curvature"}
+    assert clean == {"LocalLinearity", "GradientAlignment", "Curvature"}
 
 
 def test_every_regularizer_has_a_row() -> None:
@@ -418,6 +419,7 @@ def test_the_weight_follows_its_schedule() -> None:
         (lambda: LocalLinearity(1.0, step_size=0.0), "step_size=0.0: must be positive"),
         (lambda: LocalLinearity(1.0, gradient_weight=-1), "gradient_weight=-1: must be at least 0"),
         (lambda: LocalLinearity(1.0, box=(1.0, 0.0)), "box=\\(1.0, 0.0\\): must be"),
+        (lambda: GradientAlignment(1.0, eps=-0.1), "eps=-0.1: must be a finite number >= 0"),
         (lambda: Curvature(1.0, step=-1.0), "step=-1.0: must be positive"),
         (lambda: Curvature(1.0, power=3), "power=3: accepted are 1, 2"),  # type: ignore[arg-type]
         (lambda: WeightNorm(1.0, sparsity=-0.1), "sparsity=-0.1: must be at least 0"),

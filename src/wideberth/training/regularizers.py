@@ -19,13 +19,14 @@ from wideberth import checks
 from wideberth.models.heads import CosineHead
 from wideberth.modes import Mode
 from wideberth.randomness import Noise
-from wideberth.training.linearity import Curvature, InputGradient, LocalLinearity
+from wideberth.training.linearity import Curvature, GradientAlignment, InputGradient, LocalLinearity
 from wideberth.training.penalty import Regularizer, Where, positive, settled, squared_norm
 from wideberth.training.schedules import Schedule
 
 __all__ = [
     "Curvature",
     "EffectiveMargin",
+    "GradientAlignment",
     "InputGradient",
     "Jacobian",
     "LocalLinearity",
