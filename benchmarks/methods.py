@@ -67,7 +67,13 @@ def methods(epochs: int, warmup: int) -> dict[str, Callable[[], dict[str, Any]]]
             "attack": soft,
         },
         "IAAT": lambda: {"radius": radii.InstanceAdaptive(EPS, gamma=EPS * 1.9 / 8, warmup=warmup)},
+        "IAAT, at most 0.4": lambda: {
+            "radius": radii.InstanceAdaptive(EPS, gamma=EPS * 1.9 / 8, warmup=warmup, maximum=0.4)
+        },
         "AT + EMR": lambda: fixed() | emr(),
+        "AT + EMR, authors": lambda: (
+            fixed() | {"regularizers": [regularizers.EffectiveMargin(3 / 128, "softmax", temperature=40)]}
+        ),
         "TRADES + EMR": lambda: fixed() | emr() | {"objective": objectives.TRADES(beta=6)},
         "MART + EMR": lambda: fixed() | emr() | {"objective": objectives.MART(beta=5)},
         "MAIL + EMR": lambda: fixed() | emr() | {"weighting": mail_at},
