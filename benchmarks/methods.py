@@ -1,8 +1,8 @@
 """Every training method on MNIST under one budget: clean accuracy, PGD-40, the `fast` verdict, and what a step costs.
 
-The same small conv net (a method's own head aside), rows, epochs, optimizer and 7 attack steps for all, at linf 0.3,
-with the radius growing from 0 over the first epochs wherever it is given. Each method has its published
-hyper-parameters where they carry over, what stands in `METHODS` where not; none was tuned here.
+The same small conv net (a method's own head aside), rows, epochs and optimizer for all, and 7 attack steps wherever
+there is an attack, at linf 0.3, with the radius growing from 0 over the first epochs wherever it is given. Each method
+has its published hyper-parameters where they carry over, what stands in `methods` where not; none was tuned here.
 
     uv run python benchmarks/methods.py --data FOLDER_WITH_MNIST --out runs/methods
 
@@ -229,6 +229,7 @@ def main() -> None:
     ledger = options.out / "results.jsonl"
     known = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.is_file() else []
     settings = {key: value for key, value in vars(options).items() if key not in UNLIKE}
+    settings |= {"eps": EPS, "steps": STEPS}
     known = [entry for entry in known if entry["settings"] == settings]
     done = {(entry["method"], entry["seed"]) for entry in known}
     names = list(methods(options.epochs, options.warmup))

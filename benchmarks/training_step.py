@@ -263,7 +263,7 @@ def main() -> None:
         "gradient double": Passes(updates=1 + 2),
         "gradient finite": Passes(-1, 1, 1 + 2),
         "LLR": Passes(0, STEPS, 1 + 3),
-        "GradAlign": Passes(updates=1 + 4),
+        "GradAlign": Passes(0, 1, 1 + 2),
         "CURE": Passes(updates=1 + 4),
         "IAAT lookahead": Passes(3, 3 * STEPS, 1),
     }

@@ -58,11 +58,11 @@ def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm) -> Tensor:
     # An entry without gain has no room either, and counts for nothing.
     corner = room if p == "linf" else room / gain.clamp_min(torch.finfo(gain.dtype).tiny)
     most, slopes = (gain * room).nan_to_num_(nan=0), gain if p == "linf" else gain * gain
-    level, share = torch.zeros_like(wanted), torch.empty_like(gain)
+    level, share, part = torch.zeros_like(wanted), torch.empty_like(gain), torch.empty_like(gain)
     for _ in range(_ROUNDS):
         # Which entries have come to the face, and which are still on their way, as numbers.
-        missing = wanted - torch.linalg.vecdot(torch.le(corner, level, out=share), most)[:, None]
-        slope = torch.linalg.vecdot(torch.gt(corner, level, out=share), slopes)[:, None]
+        missing = wanted - torch.mul(torch.le(corner, level, out=share), most, out=part).sum(1, keepdim=True)
+        slope = torch.mul(torch.gt(corner, level, out=share), slopes, out=part).sum(1, keepdim=True)
         further = torch.where(slope > 0, missing / slope, float("inf"))
         # Only where looking costs nothing: a GPU had better do all rounds than wait to be asked.
         if level.device.type == "cpu" and bool((further <= level).all()):

@@ -167,3 +167,13 @@ def test_rows_are_independent_and_of_any_rank(p: Norm) -> None:
     assert torch.equal(images, together.view(12, 3, 2, 2))
     for i in (0, 5, 11):
         assert torch.equal(shortest_step(x[i : i + 1], normal[i : i + 1], rise[i : i + 1], p, UNIT)[0], together[i])
+
+
+@each_norm
+@pytest.mark.parametrize("box", [UNIT, NO_BOX, (0.0, float("inf"))])
+def test_autocast_plays_no_part(p: Norm, box: Box) -> None:
+    """Attacks run inside training steps: products that autocast narrows would take the digits away, or overflow."""
+    x, normal, rise, _ = (part.float() for part in instances(20, 12))
+    expected = shortest_step(x, normal, rise, p, box)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(shortest_step(x, normal, rise, p, box), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -185,6 +187,27 @@ def test_gradient_of_the_first_layer_goes_back_to_blocks_of_pixels(
     if first.at_once:
         fitting = [k for k in (1, 2, 3, 4) if k == 1 or (channels * k * k <= 16 and not any(n % k for n in size))]
         assert list(first.turned) == [max(fitting)]
+
+
+@pytest.mark.usefixtures("able")
+@pytest.mark.parametrize(
+    "settings",
+    [{"stride": 2}, {"dilation": 2}, {"padding": 3}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}],
+)
+def test_first_layers_that_blocks_do_not_fit_go_back_as_torch_does(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 5, 3, **settings), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    x = torch.randint(0, 3, (4, 1, 8, 8)).float()
+    model(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randint(-2, 3, parameter.shape))
+    copy = narrowed(fused(model, x), x)
+    point = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(copy(point)[:, 0].sum(), point)
+    (expected,) = torch.autograd.grad(model(point)[:, 0].sum(), point)
+    assert torch.equal(found, expected)
+    assert next(part for part in copy.modules() if hasattr(part, "turned")).turned == {}
 
 
 class Standardised(nn.Conv2d):

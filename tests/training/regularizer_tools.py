@@ -128,13 +128,13 @@ def from_tangent(model: nn.Module, x: Tensor, y: Tensor, point: Tensor) -> Tenso
 
 
 def nearby(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-    """A random point within 0.2."""
-    return x + 0.2 * (2 * noise.fold("alignment").uniform(x.shape[1:], x.dtype) - 1)
+    """A random point within 0.2, and the loss gradient at x."""
+    point = x + 0.2 * (2 * noise.fold("alignment").uniform(x.shape[1:], x.dtype) - 1)
+    return torch.stack([point, loss_gradient(model, x, y)])
 
 
-def cosine(model: nn.Module, x: Tensor, y: Tensor, point: Tensor) -> Tensor:
-    one, two = (loss_gradient(model, at, y).flatten(1) for at in (x, point))
-    return F.cosine_similarity(one, two)
+def cosine(model: nn.Module, y: Tensor, point: Tensor, gradient: Tensor) -> Tensor:
+    return F.cosine_similarity(gradient.flatten(1), loss_gradient(model, point, y).flatten(1))
 
 
 def turned(model: nn.Module, x: Tensor, y: Tensor, point: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ ROWS: dict[str, Row] = {
     "alignment": Row(
         lambda: GradientAlignment(1.0, eps=0.2),
         nearby,
-        lambda m, x, y, held: 1 - cosine(m, x, y, held),
+        lambda m, x, y, held: 1 - cosine(m, y, *held),
         differences=True,
     ),
     "curvature": Row(

@@ -205,6 +205,21 @@ def test_alignment_of_a_quadratic_is_the_angle_its_matrix_turns_the_gradient_by(
     assert expected.max() > 1e-3
 
 
+def test_alignment_of_samples_far_beyond_what_float32_knows_of_their_cross_entropy() -> None:
+    """Logits in the hundreds: the loss and its slope are 0 in float32, and where the slope points is still known."""
+    x, y, noise = images(6)
+    model = NETS["tanh, adaptive pool"]().eval()
+    model[8].weight.data.mul_(100)
+    y = model(x).argmax(1)
+    assert (F.cross_entropy(model(x).float(), y, reduction="none") == 0).sum() >= 3
+    exact = GradientAlignment(1.0, 0.2)(model, x, y, noise)
+    exact_gradient = torch.autograd.grad(exact.mean(), model[0].weight)[0]
+    found = GradientAlignment(1.0, 0.2)(model.float(), x.float(), y, noise)
+    assert torch.allclose(found.double(), exact, atol=1e-5)
+    gradient = torch.autograd.grad(found.mean(), model[0].weight)[0]
+    assert torch.allclose(gradient.double(), exact_gradient, rtol=1e-3, atol=1e-4 * float(exact_gradient.abs().max()))
+
+
 def test_gradients_of_an_affine_loss_agree_and_a_flat_one_pays_nothing() -> None:
     model = affine([0.6, -0.8])
     assert of_class_0(GradientAlignment(1.0, 0.3), model).tolist() == pytest.approx([0] * 3, abs=1e-12)
@@ -277,7 +292,7 @@ COSTS: dict[str, tuple[Callable[[], Regularizer], tuple[int, int, int], tuple[in
     "InputGradient": (lambda: InputGradient(1.0), (1, 1, 0), (1, 1, 2)),
     "InputGradient finite": (lambda: InputGradient(1.0, "finite"), (2, 1, 0), (0, 2, 2)),
     "LocalLinearity": (lambda: LocalLinearity(1.0), (1 + 10 + 1, 1 + 10, 0), (1, 2, 3)),
-    "GradientAlignment": (lambda: GradientAlignment(1.0), (2, 2, 0), (2, 2, 4)),
+    "GradientAlignment": (lambda: GradientAlignment(1.0), (2, 2, 0), (1, 1, 2)),
     "Curvature": (lambda: Curvature(1.0), (2, 2, 0), (2, 2, 4)),
     "EffectiveMargin": (ROWS["softmax"].make, (1, 1, 0), (1, 0, 1)),
     "Jacobian": (ROWS["Jacobian"].make, (1, 1, 0), (1, 0, 1)),
@@ -304,7 +319,7 @@ def test_passes_through_the_model(name: str) -> None:
         ("input gradient", [True]),
         ("input gradient, finite", [False, False]),
         ("curvature", [True, True]),
-        ("alignment", [True, True]),
+        ("alignment", [False, True]),
         ("linearity", [True, False, False, False, False]),
     ],
 )

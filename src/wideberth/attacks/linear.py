@@ -75,8 +75,7 @@ class Plane:
 
     def at(self, x: Tensor) -> Tensor:
         """The linear model at x (B, ...), (B,): positive beyond the boundary."""
-        rise: Tensor = torch.linalg.vecdot(self.normal.flatten(1), (x - self.point).flatten(1))
-        return self.value + rise
+        return self.value + (self.normal * (x - self.point)).flatten(1).sum(1)
 
     def step_from(self, x: Tensor, norm: Norm, box: Box) -> Tensor:
         """The shortest perturbation of x (B, ...) that leads to the boundary inside the box, shape of x."""
