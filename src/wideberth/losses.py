@@ -37,6 +37,8 @@ class ParametricLoss(ABC):
 TrainingLoss: TypeAlias = Loss | ParametricLoss
 """What an objective may pay. Every parametric loss is a `Loss`; named apart, it can be configured in YAML."""
 
+SATURATED = 10.0
+"""A logit margin beyond which the softmax is so near its corner that float32 keeps few digits of the way down."""
 _TINY = 1e-12
 
 
@@ -145,6 +147,16 @@ def soft_margin_loss(logits: Tensor, y: Tensor) -> Tensor:
 def probability_margin_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Largest other probability minus the label's, (B,) in [-1, 1] (the probability margin attack; MAIL's PM)."""
     return margin_loss(logits.softmax(1), y)
+
+
+def unsaturated_margin_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """The probability margin, and the logit margin where the former is flat, (B,) <= 1, rising throughout.
+
+    Where the label leads by more than `SATURATED`, its probability is 1 to within a few roundings of float32, and of
+    its slope little or nothing is left; an attack that follows it there stands still.
+    """
+    margin = margin_loss(logits, y)
+    return torch.where(margin < -SATURATED, margin + SATURATED - 1, probability_margin_loss(logits, y))
 
 
 def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:

@@ -86,3 +86,25 @@ def test_a_model_without_robustness_costs_next_to_nothing() -> None:
         attack = part.attack if isinstance(part, Stage) else part
         full += len(attack.runs(2)) * attack.rounds * (2 if attack.needs_gradient else 1)
     assert found.samples["evaluations"].mean() < 0.02 * full
+
+
+@pytest.mark.parametrize("name", ["wine", "five digits"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_scale_of_the_logits_hides_nothing_from_the_fast_suite(name: str, norm: Norm) -> None:
+    """A thousand times larger, and float32's softmax is flat nearly everywhere."""
+    model, x, y = case(name)
+    eps = {"linf": 0.08 if name == "wine" else 0.12, "l2": 0.4}[norm]
+    plain = evaluate(model, (x, y), eps=eps, norm=norm, suite="fast", examined=False)
+    saturated = nn.Sequential(model, Times(1000)).eval()
+    scaled = evaluate(saturated, (x, y), eps=eps, norm=norm, suite="fast", examined=False)
+    assert 0.1 < plain.robust_accuracy < 0.9
+    assert abs(scaled.robust_accuracy - plain.robust_accuracy) <= 1 / ROWS
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x

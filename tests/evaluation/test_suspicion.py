@@ -390,6 +390,7 @@ def test_line_up_decides_how_grave_large_logits_and_noise_are(robust: nn.Module,
 
     assert graded("logits times 1000", PGD(), PGD(loss=losses.probability_margin_loss)) == "masked"
     assert graded("logits times 1000", PGD(), PGD(loss=losses.margin_loss)) == "doubtful"
+    assert graded("logits times 1000", PGD(), PGD(loss=losses.unsaturated_margin_loss)) == "doubtful"
     assert graded("noise", PGD()) == "masked"
     assert graded("noise", PGD(draws=20)) == "doubtful"
 

@@ -29,6 +29,7 @@ EVERY_LOSS: dict[str, losses.Loss] = {
     "margin_loss": losses.margin_loss,
     "soft_margin_loss": losses.soft_margin_loss,
     "probability_margin_loss": losses.probability_margin_loss,
+    "unsaturated_margin_loss": losses.unsaturated_margin_loss,
     "dlr_loss": losses.dlr_loss,
     "LabelSmoothing": losses.LabelSmoothing(0.2),
     "AdditiveMargin": losses.AdditiveMargin(0.2, 3.0),
@@ -46,6 +47,8 @@ EVERY_LOSS: dict[str, losses.Loss] = {
         (losses.kl_divergence(CLEAN, ADV), [0.233300, 0.071313]),
         (losses.kl_divergence(ADV, CLEAN), [0.236449, 0.058543]),
         (losses.probability_margin_loss(ADV, Y), [0.205817, -0.539287]),
+        (losses.unsaturated_margin_loss(ADV, Y), [0.205817, -0.539287]),
+        (losses.unsaturated_margin_loss(20 * ADV, Y), [0.999909, -21.0]),
         (losses.dlr_loss(ADV, Y), [1 / 3, -0.75]),
         (losses.dlr_loss(CLEAN, Y), [-0.5, -2 / 3]),
         (towards(losses.dlr_loss)(ADV, Y), [0.25, -2 / 3]),
@@ -234,3 +237,18 @@ def test_predictions() -> None:
     found: Any = losses.predictions(ADV)
     assert found.tolist() == [1, 1]
     assert found.dtype == torch.int64
+
+
+def test_the_unsaturated_margin_rises_throughout_and_float32_knows_its_slope() -> None:
+    lead = torch.linspace(-100, 100, 801)
+    logits = torch.stack([lead, torch.zeros(801), torch.full((801,), -3.0)], 1).requires_grad_()
+    values = losses.unsaturated_margin_loss(logits, torch.zeros(801, dtype=torch.int64))
+    (gradient,) = torch.autograd.grad(values.sum(), logits)
+    leading = lead > -5  # where it has been misled that far, an attack has nothing left to do
+    assert (values.diff() <= 0).all()
+    assert (values.diff() < 0)[leading[1:]].all()
+    assert (gradient[leading, 0] < 0).all()
+    assert (gradient[leading, 1] > 0).all()
+    flat = losses.probability_margin_loss(logits, torch.zeros(801, dtype=torch.int64))
+    (gradient,) = torch.autograd.grad(flat.sum(), logits)
+    assert (gradient[lead > 50, 0] == 0).all()

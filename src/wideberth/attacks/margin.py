@@ -22,8 +22,10 @@ class PMA(Attack):
     where others have been: `diverse` steps of length eps up a random direction of the logits (output-diversified
     starts, Tashiro et al. 2020; their use for fast verdicts is from Liu et al. 2022).
 
-    What we do differently: the published attack splits the margin in two for the first half of the steps (its code even
-    ascends the label's own probability in the first one); here the random directions do that work.
+    What we do differently: where the label leads so far that the probabilities are flat, the logit margin is ascended
+    in their place, so that a scale of the logits hides nothing. The published attack splits the margin in two for the
+    first half of the steps (its code even ascends the label's own probability in the first one); here the random
+    directions do that work.
 
     Attributes:
         steps: of the ascent, >= 1; the diverse ones come on top.
@@ -38,7 +40,7 @@ class PMA(Attack):
     diverse: int = 5
     largest: float = 1.0
     smallest: float = 0.05
-    loss: Loss = losses.probability_margin_loss
+    loss: Loss = losses.unsaturated_margin_loss
     draws: int = 1
 
     def __post_init__(self) -> None:

@@ -29,8 +29,9 @@ class Stage:
     Attributes:
         attack: what is run.
         near: only on samples that some attack has brought this close to a mistake, as a probability margin (the
-            largest other probability minus the label's, in [-1, 1]); None: on all that are unbroken. A condition on
-            the sample alone, so that the verdict does not depend on who else is judged.
+            largest other probability minus the label's, in [-1, 1], at a temperature at which that of the sample itself
+            is not saturated); None: on all that are unbroken. A condition on the sample alone, so that the verdict does
+            not depend on who else is judged.
         precision: of the search; what it finds is judged in the model's own precision all the same. bfloat16 is for
             models in float32 on machines that have arithmetic of its own for it, and leaves others as they are.
     """

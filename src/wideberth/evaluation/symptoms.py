@@ -336,7 +336,8 @@ def _kinds(base: type[Attack]) -> Iterator[type[Attack]]:
 
 def _gravity_of_scale(subject: Subject) -> Severity:
     """Large logits deceive a line-up that relies on probabilities; beside a scale-free loss they are a warning."""
-    safe = {f"{loss.__module__}.{loss.__qualname__}" for loss in (losses.margin_loss, losses.dlr_loss)}
+    scale_free = (losses.margin_loss, losses.unsaturated_margin_loss, losses.dlr_loss)
+    safe = {f"{loss.__module__}.{loss.__qualname__}" for loss in scale_free}
     return "doubt" if any(own.get("loss") in safe for _, _, own in _line_up(subject.stages)) else "masked"
 
 

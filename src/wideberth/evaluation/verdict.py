@@ -48,7 +48,8 @@ class Ledger:
         found: (N, ...) the adversarial point, where there is one; else the input.
         predicted: (N,) int64, the class there (of the clean input where it is not broken).
         distance: (N,) float64, of that point; infinite where there is none.
-        closest: (N,) the largest probability margin loss that was seen at the end of a run.
+        closest: (N,) the largest probability margin loss that was seen at the end of a run; where the sample itself
+            leads by more than `losses.SATURATED` logits, of logits divided until it leads by no more.
         evaluations: (N,) int64, forwards and backwards spent.
         due: (N,) int64, the run of the stage under way that comes next.
         seconds: (stages,) spent so far.
@@ -260,7 +261,10 @@ def _judge(case: Case, place: int, attack: Attack, ledger: Ledger, left: Left) -
         logits = case.model(points)
     allowed = inside(x, points, case.eps, case.norm, case.box)
     wrong = (allowed & losses.misclassified(logits, y)).cpu()
-    approach = losses.probability_margin_loss(logits, y).where(allowed, -1.0).float().cpu()
+    # At a temperature at which the probability margin can tell how far the search has come.
+    clean = losses.logit_margin(case.logits[rows].to(logits.device), y)
+    cooled = logits / (clean / losses.SATURATED).clamp_min(1)[:, None]
+    approach = losses.probability_margin_loss(cooled, y).where(allowed, -1.0).float().cpu()
     ledger.closest[rows] = torch.maximum(ledger.closest[rows], approach)
     ledger.evaluations[rows] += left.state.spent.cpu() + 1
     distance = geometry.norm(points.double() - x.double(), case.norm).cpu()
