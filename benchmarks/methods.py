@@ -48,7 +48,7 @@ def methods(epochs: int, warmup: int) -> dict[str, Callable[[], dict[str, Any]]]
 
     late, half = 2 * epochs // 3, epochs // 2
     soft = wb.attacks.PGD(steps=STEPS, loss=losses.soft_margin_loss)
-    ramp = schedules.Ramp(2.0, warmup)
+    ramp = schedules.Ramp(2.0, warmup) if warmup else 2.0
     hypersphere = objectives.AdversarialCrossEntropy(losses.AdditiveMargin(margin=0.2, scale=15))
     centers = objectives.AdversarialCrossEntropy(losses.center_distance)
     mail_at, mail_trades = weightings.MAIL(10, -0.5, start=late), weightings.MAIL(2, 0, start=late)
