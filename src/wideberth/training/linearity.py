@@ -179,7 +179,7 @@ class GradientAlignment(Regularizer):
         delta = geometry.random_start(point.detach(), eps, "linf", "uniform", noise.fold("alignment"))
         further = (point.detach() + delta).to(point.dtype).requires_grad_()
         with borrowed(model, "keep"):
-            here = input_gradient(model, point.detach(), lambda logits: losses.soft_margin_loss(logits, y))[2]
+            here = input_gradient(model, point, lambda logits: losses.soft_margin_loss(logits, y))[2]
         with twice_differentiable():
             there = gradient_of(losses.soft_margin_loss(model(further), y), further)
         pair = (here.flatten(1), there.flatten(1))
