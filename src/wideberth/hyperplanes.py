@@ -8,6 +8,7 @@ no loop over rows or entries.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,21 +33,47 @@ def shortest_step(x: Tensor, normal: Tensor, rise: Tensor, p: Norm, box: Box) ->
         Shape of x, in at least float32. Where the box does not hold so much rise: the way to the corner that comes
         closest. Entries that the normal leaves at zero do not move.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    base, toward = x.flatten(1).to(wide), normal.flatten(1).to(wide) * rise.to(wide).sign()[:, None]
-    # In units of the largest entry: a gradient of 1e-30 has a direction too, but its square underflows.
-    scale = toward.abs().amax(1, keepdim=True)
-    scale = torch.where(scale > 0, scale, 1)
-    gain, wanted = toward.abs() / scale, rise.to(wide).abs()[:, None] / scale
-    # How far each entry can go the way it wants to: the larger of the two signed distances to the faces. No bools: they
-    # would not run in vectors.
-    way = toward.sign()
-    room = torch.maximum(way * (box[1] - base), way * (box[0] - base))
-    if not all(map(math.isfinite, box)):
-        room = room.nan_to_num(nan=0, posinf=float("inf"))  # where nothing is to be gained: 0 times infinity
-    room = room.clamp_min_(0)
-    size = _greedy(gain, room, wanted) if p == "l1" else _level(gain, room, wanted, p)
-    return (size * way).view(x.shape)
+    return Normals.of(normal.to(torch.promote_types(x.dtype, torch.float32))).shortest_step(x, rise, p, box)
+
+
+@dataclass(frozen=True)
+class Normals:
+    """Normals of hyperplanes, made ready for steps from several points.
+
+    Attributes:
+        gain: (B, d) >= 0, their absolute values in units of the largest: a gradient of 1e-30 has a direction too, but
+            its square underflows.
+        sign: (B, d) their signs.
+        scale: (B, 1) > 0, the unit.
+    """
+
+    gain: Tensor
+    sign: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, normal: Tensor) -> Normals:
+        """Those of (B, ...) normals, in at least float32."""
+        flat = normal.flatten(1)
+        size = flat.abs()
+        scale = size.amax(1, keepdim=True)
+        scale = torch.where(scale > 0, scale, 1)
+        return cls(size.div_(scale), flat.sign(), scale)
+
+    def shortest_step(self, x: Tensor, rise: Tensor, p: Norm, box: Box) -> Tensor:
+        """As the function of that name."""
+        wide = self.gain.dtype
+        base, way = x.flatten(1).to(wide), self.sign * rise.to(wide).sign()[:, None]
+        wanted = rise.to(wide).abs()[:, None] / self.scale
+        # How far each entry can go the way it wants to: the larger of the two signed distances to the faces. No bools:
+        # they would not run in vectors.
+        room = (box[1] - base).mul_(way)
+        room = torch.maximum(room, (box[0] - base).mul_(way), out=room)
+        if not all(map(math.isfinite, box)):
+            room = room.nan_to_num_(nan=0, posinf=float("inf"))  # where nothing is to be gained: 0 times infinity
+        room = room.clamp_min_(0)
+        size = _greedy(self.gain, room, wanted) if p == "l1" else _level(self.gain, room, wanted, p)
+        return (size * way).view(x.shape)
 
 
 def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm) -> Tensor:
@@ -58,18 +85,31 @@ def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm) -> Tensor:
     # An entry without gain has no room either, and counts for nothing.
     corner = room if p == "linf" else room / gain.clamp_min(torch.finfo(gain.dtype).tiny)
     most, slopes = (gain * room).nan_to_num_(nan=0), gain if p == "linf" else gain * gain
-    level, share, part = torch.zeros_like(wanted), torch.empty_like(gain), torch.empty_like(gain)
+    # Only where looking costs nothing: a GPU had better do all rounds for all rows than wait to be asked.
+    looking = gain.device.type == "cpu"
+    levels, rows = torch.zeros_like(wanted), torch.arange(len(gain), device=gain.device)
+    level, share, part = levels, torch.empty_like(gain), torch.empty_like(gain)
+    left = corner
     for _ in range(_ROUNDS):
         # Which entries have come to the face, and which are still on their way, as numbers.
-        missing = wanted - torch.mul(torch.le(corner, level, out=share), most, out=part).sum(1, keepdim=True)
-        slope = torch.mul(torch.gt(corner, level, out=share), slopes, out=part).sum(1, keepdim=True)
+        missing = wanted - torch.mul(torch.le(left, level, out=share), most, out=part).sum(1, keepdim=True)
+        slope = torch.mul(torch.gt(left, level, out=share), slopes, out=part).sum(1, keepdim=True)
         further = torch.where(slope > 0, missing / slope, float("inf"))
-        # Only where looking costs nothing: a GPU had better do all rounds than wait to be asked.
-        if level.device.type == "cpu" and bool((further <= level).all()):
-            break
+        going = (further > level).squeeze(1)
         level = torch.maximum(level, further)
-    level = level.clamp_max(torch.finfo(level.dtype).max)
-    return torch.minimum(level if p == "linf" else level * gain, room)
+        if not looking:
+            levels = level
+            continue
+        levels[rows] = level
+        count = int(going.sum())
+        if not count:
+            break
+        if 2 * count < len(rows):
+            rows, level, wanted = rows[going], level[going], wanted[going]
+            left, most, slopes = left[going], most[going], slopes[going]
+            share, part = torch.empty_like(left), torch.empty_like(left)
+    levels = levels.clamp_max(torch.finfo(levels.dtype).max)
+    return torch.minimum(levels if p == "linf" else levels * gain, room)
 
 
 def _greedy(gain: Tensor, room: Tensor, wanted: Tensor) -> Tensor:

@@ -165,7 +165,9 @@ def test_rectifiers_join_their_convolutions_and_nothing_changes(at_once: bool) -
         (3, (10, 6), {"kernel_size": (5, 3), "padding": (1, 2)}, 2),
         (1, (7, 7), {"padding": 1}, 1),
         (17, (4, 4), {"padding": 1}, 1),
-        (1, (8, 8), {"stride": 2}, None),
+        (1, (8, 8), {"stride": 2}, 4),
+        (3, (10, 6), {"stride": 2, "padding": 1}, 2),
+        (1, (7, 7), {"stride": 2}, None),
         (1, (8, 8), {"dilation": 2}, None),
         (1, (8, 8), {"padding": 3}, None),
         (1, (8, 8), {"padding": "same"}, None),
@@ -189,8 +191,8 @@ def test_gradient_of_the_first_layer_goes_back_to_blocks_of_pixels(
     (found,) = torch.autograd.grad(copy(point)[:, 0].sum(), point)
     (expected,) = torch.autograd.grad(model(point)[:, 0].sum(), point)
     assert torch.equal(found, expected)
-    first = next(part for part in copy.modules() if hasattr(part, "turned"))
-    assert list(first.turned) == ([block] if block and first.at_once else [])
+    first = next(part for part in copy.modules() if hasattr(part, "back"))
+    assert list(first.back.turned) == ([block] if block and first.at_once else [])
 
 
 class Standardised(nn.Conv2d):

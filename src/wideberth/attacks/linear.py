@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from wideberth import geometry, hyperplanes
+from wideberth import geometry
 from wideberth.attacks.state import Problem
 from wideberth.checks import Box, InputError, Norm
+from wideberth.hyperplanes import Normals
 
 
 class Gradients(NamedTuple):
@@ -79,7 +81,11 @@ class Plane:
 
     def step_from(self, x: Tensor, norm: Norm, box: Box) -> Tensor:
         """The shortest perturbation of x (B, ...) that leads to the boundary inside the box, shape of x."""
-        return hyperplanes.shortest_step(x, self.normal, -self.at(x), norm, box)
+        return self._normals.shortest_step(x, -self.at(x), norm, box)
+
+    @cached_property
+    def _normals(self) -> Normals:
+        return Normals.of(self.normal)
 
 
 def goals(problem: Problem, most: int | None = None) -> Callable[[Tensor], Tensor]:

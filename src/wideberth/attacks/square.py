@@ -176,7 +176,8 @@ def _filled(
     # Pushed far beyond the face and clamped to it: exact, and faster than to select.
     push = _column(4 * size[:, None] * sign).to(kept.dtype)
     point = torch.addcmul(kept, push, mask).clamp_(low, high)
-    repeated = (point == kept).flatten(1).all(1)
+    # Differences, not bools: those would not run in vectors.
+    repeated = (point - kept).abs_().flatten(1).amax(1) == 0
     # Only where looking costs nothing: a GPU had better turn all rows than wait to be asked.
     if kept.device.type != "cpu":
         push = push * _column(1 - 2 * repeated.to(push.dtype))

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from wideberth.models.transposed import Transposed
 from wideberth.modes import borrowed
 
 _SAME = 1e-3
 """How far the copy's logits may be off, in units of the largest logit: float32 and TF32 stay within it."""
 _ALIKE = 0.03
 """The same for bfloat16 within: sound copies are off by up to 0.7 %."""
-_LANES = 16
-"""Output channels that a CPU's convolutions compute at once."""
 
 
 def fused(model: nn.Module, x: Tensor) -> nn.Module:
@@ -125,20 +124,16 @@ class _Rectified(torch.autograd.Function):
     """A convolution and its ReLU in one pass through memory (oneDNN's), with the gradient in the input alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Conv2d) -> Tensor:
-        settings = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
-        output: Tensor = torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *settings, "relu", [], "")
+    def forward(ctx: Any, x: Tensor, narrow: _Narrow) -> Tensor:
+        output = narrow.rectify(x)
         ctx.save_for_backward(x, output)
-        ctx.layer = layer
+        ctx.narrow = narrow
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x, output), layer = ctx.saved_tensors, ctx.layer
-        passed = torch.ops.aten.threshold_backward(gradient, output, 0)
-        settings = (list(layer.stride), list(layer.padding), list(layer.dilation), False, [0, 0], layer.groups)
-        found = torch.ops.aten.convolution_backward(passed, x, layer.weight, None, *settings, (True, False, False))
-        return found[0], None
+        x, output = ctx.saved_tensors
+        return ctx.narrow.transposed(_passed(gradient, output), x), None
 
 
 class _Entered(torch.autograd.Function):
@@ -146,16 +141,24 @@ class _Entered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: _First) -> Tensor:
-        output: Tensor = _Rectified.apply(first.halves(x), first.layer)
-        ctx.save_for_backward(output)
-        ctx.first, ctx.dtype, ctx.size = first, x.dtype, x.shape[2:]
+        output = first.rectify(first.halves(x))
+        ctx.save_for_backward(x, output)
+        ctx.first = first
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (output,) = ctx.saved_tensors
-        passed = torch.ops.aten.threshold_backward(gradient, output, 0)
-        return ctx.first.back(passed, ctx.size).to(ctx.dtype), None
+        x, output = ctx.saved_tensors
+        found: Tensor = ctx.first.back(_passed(gradient, output), x)
+        return found.to(x.dtype, memory_format=torch.contiguous_format), None
+
+
+def _passed(gradient: Tensor, output: Tensor) -> Tensor:
+    """The gradient before a ReLU, from that after it and from what the ReLU put out."""
+    # That of a mean over pixels has no memory of its own; laid out as the output, it is masked several times as fast.
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    passed: Tensor = torch.ops.aten.threshold_backward(gradient, output, 0)
+    return passed
 
 
 class _Narrow(nn.Module):
@@ -167,6 +170,8 @@ class _Narrow(nn.Module):
         self.at_once = rectified and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
         able = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         self.at_once &= able and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        if isinstance(layer, nn.Conv2d):
+            self.transposed = Transposed(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.answer(x.to(torch.bfloat16))
@@ -174,10 +179,17 @@ class _Narrow(nn.Module):
     def answer(self, x: Tensor) -> Tensor:
         """What the layer makes of inputs in bfloat16."""
         if self.at_once and x.device.type == "cpu":
-            fused: Tensor = _Rectified.apply(x, self.layer)
+            fused: Tensor = _Rectified.apply(x, self)
             return fused
         found: Tensor = self.layer(x)
         return F.relu(found) if self.rectified else found
+
+    def rectify(self, x: Tensor) -> Tensor:
+        """Convolution and ReLU at once, of inputs in bfloat16 on a CPU."""
+        layer: Any = self.layer
+        settings = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+        output: Tensor = torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *settings, "relu", [], "")
+        return output
 
 
 class _First(_Narrow):
@@ -185,25 +197,17 @@ class _First(_Narrow):
 
     def __init__(self, layer: nn.Module, rectified: bool = False) -> None:
         assert isinstance(layer, nn.Conv2d | nn.Linear)
-        channels = layer.weight.shape[1]
+        # To one of the two halves: the gradient is the same for both.
+        back = Transposed(deepcopy(layer).to(torch.bfloat16), plain=True) if isinstance(layer, nn.Conv2d) else None
         twice = torch.cat([layer.weight, layer.weight], 1)
         if isinstance(layer, nn.Conv2d):
             twice = twice.contiguous(memory_format=torch.channels_last)
         layer.weight = nn.Parameter(twice, requires_grad=False)
         super().__init__(layer, rectified)
-        self.channels = channels
-        self.turned: dict[int, Tensor] = {}
-        self.axis = 1 if isinstance(layer, nn.Conv2d) else -1
-        conv: Any = layer
-        self.plain = (
-            isinstance(layer, nn.Conv2d)
-            and not isinstance(conv.padding, str)
-            and (conv.stride, conv.dilation, conv.groups) == ((1, 1), (1, 1), 1)
-            and all(pad < side for pad, side in zip(conv.padding, conv.kernel_size, strict=True))
-        )
+        self.back, self.axis = back, 1 if isinstance(layer, nn.Conv2d) else -1
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.at_once and self.plain and x.device.type == "cpu":
+        if self.at_once and self.back is not None and self.back.able and x.device.type == "cpu":
             entered: Tensor = _Entered.apply(x, self)
             return entered
         return self.answer(self.halves(x))
@@ -211,36 +215,7 @@ class _First(_Narrow):
     def halves(self, x: Tensor) -> Tensor:
         """The two parts, side by side along the channels."""
         rounded = x.to(torch.bfloat16)
-        # One of the two passes the gradient on: it is the same for both.
         return torch.cat([rounded, (x - rounded).detach().to(torch.bfloat16)], self.axis)
-
-    def back(self, gradient: Tensor, size: torch.Size) -> Tensor:
-        """The gradient in an input of that height and width, from the gradient in the output of a convolution.
-
-        That is a convolution too, but to one or three channels, where a CPU fills sixteen at the price of one: it goes
-        to the pixels of a block at once.
-        """
-        fitting = (k for k in (2, 3, 4) if self.channels * k**2 <= _LANES and not any(n % k for n in size))
-        block = max(fitting, default=1)
-        layer: Any = self.layer
-        if block not in self.turned:
-            self.turned[block] = _to_blocks(layer.weight[:, : self.channels], block)
-        around = [side - 1 - pad for pad, side in zip(layer.padding, layer.kernel_size, strict=True)]
-        return F.pixel_shuffle(F.conv2d(gradient, self.turned[block], None, block, around), block)
-
-
-def _to_blocks(weight: Tensor, block: int) -> Tensor:
-    """The weight (C', C, h, w) of a convolution as that of its transpose, to blocks of pixels: (C * block^2, C', ...).
-
-    Each pixel of a block has the same weights, shifted by where it lies in it.
-    """
-    turned = weight.flip(2, 3).transpose(0, 1)
-    inputs, outputs, high, wide = turned.shape
-    found = turned.new_zeros(inputs, block, block, outputs, high + block - 1, wide + block - 1)
-    for down in range(block):
-        for across in range(block):
-            found[:, down, across, :, down : down + high, across : across + wide] = turned
-    return found.flatten(0, 2).contiguous(memory_format=torch.channels_last)
 
 
 class _Last(nn.Module):
