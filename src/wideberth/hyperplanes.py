@@ -69,22 +69,27 @@ class Normals:
         # they would not run in vectors.
         room = (box[1] - base).mul_(way)
         room = torch.maximum(room, (box[0] - base).mul_(way), out=room)
-        if not all(map(math.isfinite, box)):
+        endless = not all(map(math.isfinite, box))
+        if endless:
             room = room.nan_to_num_(nan=0, posinf=float("inf"))  # where nothing is to be gained: 0 times infinity
         room = room.clamp_min_(0)
-        size = _greedy(self.gain, room, wanted) if p == "l1" else _level(self.gain, room, wanted, p)
+        size = _greedy(self.gain, room, wanted) if p == "l1" else _level(self.gain, room, wanted, p, endless)
         return (size * way).view(x.shape)
 
 
-def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm) -> Tensor:
+def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm, endless: bool) -> Tensor:
     """Entry i goes min(t * pace_i, room_i), with one t per row: the pace is 1 in linf, and the gain in l2.
+
+    `endless` says that some room may be infinite.
 
     What the row gains is concave and piecewise linear in t, so Newton's method from t = 0 never goes too far, and
     stands still, exactly right, once it knows which entries have come to the face of the box.
     """
     # An entry without gain has no room either, and counts for nothing.
     corner = room if p == "linf" else room / gain.clamp_min(torch.finfo(gain.dtype).tiny)
-    most, slopes = (gain * room).nan_to_num_(nan=0), gain if p == "linf" else gain * gain
+    most, slopes = gain * room, gain if p == "linf" else gain * gain
+    if endless:
+        most.nan_to_num_(nan=0)
     # Only where looking costs nothing: a GPU had better do all rounds for all rows than wait to be asked.
     looking = gain.device.type == "cpu"
     levels, rows = torch.zeros_like(wanted), torch.arange(len(gain), device=gain.device)

@@ -89,6 +89,10 @@ class Noise:
         further = _mix(draw * _signed(_GAMMA) + step + _signed(_MIX_1))
         return replace(self, draw=torch.where(step == 0, draw, further))
 
+    def rows(self, where: Tensor) -> Noise:
+        """The streams of some of the rows (bool or indices)."""
+        return Noise(self.index[where], self.seed, self.draw[where] if isinstance(self.draw, Tensor) else self.draw)
+
     def fold(self, *words: int | str) -> Noise:
         """The streams of another purpose."""
         return replace(self, seed=fold(self.seed, *words))

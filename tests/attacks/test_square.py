@@ -70,7 +70,7 @@ def test_candidates_differ_from_the_incumbent_in_squares_of_the_published_sides(
     """Stripes hold both signs, so that a window shows in all its rows; each row is at its own iteration."""
     attack = Square(rescaled=rescaled)
     given, state = begun(attack, (1, 32, 32), batch=len(expected))
-    state = replace(state, iteration=torch.tensor(list(expected)))
+    state = replace(state, iteration=torch.tensor(list(expected)), age=1000)
     state = attack.step(indifferent(1024), given, state)
     rows, columns = extent(state.point != state.kept)
     side = torch.tensor(list(expected.values()))

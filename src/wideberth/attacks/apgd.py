@@ -154,9 +154,8 @@ class APGD(Attack):
             state, restart = self._adapt_sparsity(problem, state, plan)
         else:
             state, restart = self._adapt_size(state, plan, value)
-        again = geometry.column(restart, state.point)
         origin = geometry.choose(restart, state.best, state.point)
-        gradient = torch.where(again, state.best_gradient, gradient).to(problem.eps.dtype)
+        gradient = geometry.choose(restart, state.best_gradient, gradient).to(problem.eps.dtype)
         return replace(
             state,
             point=self._moved(problem, state, plan, origin, gradient),
@@ -178,7 +177,6 @@ class APGD(Attack):
             delta = state.point.to(problem.eps.dtype) - problem.x
             now = achieved & (final | (geometry.norm(delta, self.norm) <= problem.eps))
         better = plan.opening | (value > state.best_value)
-        up = geometry.column(better, state.point)
         kept = ~state.broken & (now | (better & final))
         return replace(
             state,
@@ -187,7 +185,7 @@ class APGD(Attack):
             broken=state.broken | now,
             survived=state.survived + (~now & (state.survived == state.iteration)),
             best=geometry.choose(better, state.point, state.best),
-            best_gradient=torch.where(up, gradient, state.best_gradient),
+            best_gradient=geometry.choose(better, gradient, state.best_gradient),
             best_value=torch.where(better, value, state.best_value),
         )
 

@@ -119,6 +119,9 @@ def nearest_plane(found: Gradients, point: Tensor, start: Tensor, norm: Norm) ->
     least = here.new_full(here.shape[:1], float("inf"))
     for column, each in zip(found.values.unbind(1), found.each, strict=True):
         plane = Plane(here, each.to(here.dtype), column.to(here.dtype))
+        if found.values.shape[1] == 1:  # the only one is the nearest
+            known = geometry.norm(plane.normal, "linf") > 0
+            return replace(plane, value=torch.where(known, plane.value, 0))
         length = geometry.norm(plane.normal, geometry.dual(norm))
         known = length > 0
         distance = torch.where(known, plane.at(start).abs() / length, float("inf"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,32 @@ from wideberth.losses import Loss
 _NEWTON_STEPS = 6
 """Newton steps towards the threshold of an l1 projection; what little they leave above the radius is scaled away."""
 
+_DRAWN = 64
+"""Queries whose random numbers are drawn together."""
+
 _NOTHING = 1e-4
 """Of the radius: a window with less in it counts as empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Search(Enclosed):
+    """Where a search stands, and what it draws for its next queries: for many at once it costs what for one it does.
+
+    Attributes:
+        draws: (B, n, m) uniform numbers, for n queries from query `since` (B,) on.
+        spots: (B, n, 4 or 8) int64: their windows, one in linf and two in the other norms, as `Window` has them.
+        since: (B,) int64.
+        age: looks since they were drawn; each takes at most two queries further.
+    """
+
+    draws: Tensor
+    spots: Tensor
+    since: Tensor
+    age: int = 0
+
+    def joined(self, other: Self) -> Self:
+        """These rows, and then those of `other`; the older draws say when new ones are due."""
+        return replace(super().joined(other), age=max(self.age, other.age))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +104,20 @@ class Square(Attack):
             low, high = geometry.faces(x, eps, self.box)
             stripes = noise.sign((start.shape[1], 1, start.shape[3]), eps.dtype)
             point = torch.where((stripes > 0).expand_as(start).reshape(x.shape), high, low)
-            return Enclosed.at(problem, point, low=low, high=high)
+            return self._begun(problem, point, low=low, high=high)
         delta = windows.tiles(noise, start.shape, self.norm, eps.dtype).view_as(x)
         # In l1 what is longer than the radius is projected, not scaled: that leaves fewer, larger entries.
         length = geometry.norm(delta, self.norm)
         stretch = self._radius(problem) / length
         delta = delta * geometry.column(stretch if self.norm == "l2" else stretch.clamp_min(1), x)
-        return Enclosed.at(problem, geometry.place(x, delta, eps, self.norm, self.box))
+        return self._begun(problem, geometry.place(x, delta, eps, self.norm, self.box))
+
+    def _begun(self, problem: Problem, point: Tensor, **faces: Tensor) -> _Search:
+        return _Search.at(problem, point, **self._drawn(problem, torch.zeros_like(problem.y)), **faces)
 
     def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
         """One forward at `state.point`, then a candidate that differs from the incumbent in a window."""
+        assert isinstance(state, _Search)
         with torch.no_grad():
             logits = model(state.point)
             value = problem.loss(self.loss if loss is None else loss)(logits).to(state.value.dtype)
@@ -105,28 +133,26 @@ class Square(Attack):
                 broken=state.broken | (searching & now),
                 spent=state.spent + 1,
             )
+            if 2 * state.age >= _DRAWN:
+                state = replace(state, **self._drawn(problem, iteration), age=0)
             point, saved = self._candidate(problem, state, iteration)
             iteration = iteration + 1 + torch.where(state.broken, 0, saved)
             survived = torch.where(searching & ~now, iteration.clamp_max(self.queries), state.survived)
-            return replace(state, point=point, iteration=iteration, survived=survived)
+            return replace(state, point=point, iteration=iteration, survived=survived, age=state.age + 1)
 
-    def _candidate(self, problem: Problem, state: State, iteration: Tensor) -> tuple[Tensor, Tensor]:
+    def _candidate(self, problem: Problem, state: _Search, iteration: Tensor) -> tuple[Tensor, Tensor]:
         """The next point to ask about, (B, ...), and how many queries (B,) need not be asked before it."""
         kept, wide = windows.image(state.kept), problem.eps.dtype
-        channels, height, width = kept.shape[1:]
-        plan = windows.plan(self.p_init, height, width, self.norm, wide, kept.device)
-        stage = plan.stage(iteration * 10_000 // self.queries if self.rescaled else iteration)
-        # All that a row draws in an iteration, at once: two positions, what concerns the bump, and a sign per channel.
-        draws = problem.noise.fold("square").then(iteration).uniform((7 + channels,), wide)
-        sign = 1 - 2 * (draws[:, 7:] < 0.5).to(wide)
-        window = plan.draw(stage, draws[:, :2], height, width)
-        assert isinstance(state, Enclosed)
+        height, width = kept.shape[2:]
+        here = torch.arange(len(iteration), device=iteration.device), iteration - state.since
+        draws, spots = state.draws[here], state.spots[here].unbind(1)
+        sign, window = 1 - 2 * (draws[:, 7:] < 0.5).to(wide), windows.Window(*spots[:4])
         if state.low is not None and state.high is not None:
             low, high = windows.image(state.low), windows.image(state.high)
             point, repeated = _filled(kept, low, high, window, sign, self._size(problem))
             return point.view_as(problem.x), repeated.to(iteration.dtype)
-        other = plan.draw(stage, draws[:, 2:4], height, width)
-        bump = plan.bump(stage, (draws[:, 4] < 0.5).to(torch.int64), window, height, width)
+        plan, other = self._plan(problem), windows.Window(*spots[4:])
+        bump = plan.bump(self._stage(plan, iteration), (draws[:, 4] < 0.5).to(torch.int64), window, height, width)
         one, two = window.mask(height, width, wide), other.mask(height, width, wide)
         if min(height, width) == 1:
             # Few entries want fine moves: whole masses and bumps of equal weight lead to a few points only.
@@ -141,6 +167,29 @@ class Square(Attack):
         least = torch.minimum(delta, grain)
         delta.sub_(torch.maximum(least, -grain, out=least))
         return delta.add_(base).to(kept.dtype).clamp_(*self.box).view_as(problem.x), torch.zeros_like(iteration)
+
+    def _drawn(self, problem: Problem, since: Tensor) -> dict[str, Tensor]:
+        """What each row draws for its queries from `since` (B,) on, as `_Search` keeps it.
+
+        For each: two positions, what concerns the bump, and a sign per channel.
+        """
+        query = (since[:, None] + torch.arange(_DRAWN, device=since.device)).flatten()
+        each = torch.arange(len(since), device=since.device).repeat_interleave(_DRAWN)
+        noise = problem.noise.fold("square").rows(each).then(query)
+        channels, height, width = windows.image(problem.x[:1]).shape[1:]
+        draws, plan = noise.uniform((7 + channels,), problem.eps.dtype), self._plan(problem)
+        places = (draws[:, :2],) if self.norm == "linf" else (draws[:, :2], draws[:, 2:4])
+        drawn = [plan.draw(self._stage(plan, query), place, height, width) for place in places]
+        spots = torch.stack([part for window in drawn for part in window], 1)
+        whole = (len(since), _DRAWN, -1)
+        return {"draws": draws.view(whole), "spots": spots.view(whole), "since": since}
+
+    def _plan(self, problem: Problem) -> windows.Plan:
+        height, width = windows.image(problem.x[:1]).shape[2:]
+        return windows.plan(self.p_init, height, width, self.norm, problem.eps.dtype, problem.x.device)
+
+    def _stage(self, plan: windows.Plan, query: Tensor) -> Tensor:
+        return plan.stage(query * 10_000 // self.queries if self.rescaled else query)
 
     def _radius(self, problem: Problem) -> Tensor:
         """(B,), no more than the box has room for, and a little less than eps for what float32 sums may be off."""

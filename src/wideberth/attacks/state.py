@@ -41,12 +41,9 @@ def _moved(part: Any, device: torch.device) -> Any:
 
 
 def _rows(part: Any, where: Tensor) -> Any:
-    if isinstance(part, Tensor):
-        return part[where]
     if isinstance(part, Noise):
-        draw = part.draw[where] if isinstance(part.draw, Tensor) else part.draw
-        return Noise(part.index[where], part.seed, draw)
-    return part
+        return part.rows(where)
+    return part[where] if isinstance(part, Tensor) else part
 
 
 def _joined(part: Any, other: Any) -> Any:

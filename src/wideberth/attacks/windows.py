@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +45,7 @@ def sides(fraction: float, height: int, width: int, norm: Norm) -> tuple[int, in
     return min(rows, height), min(columns, width)
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """One window per row.
 
     Attributes:
