@@ -180,8 +180,7 @@ def test_rows_at_different_iterations_share_a_batch(row: Row) -> None:
         together = attack.run(case.model, problem)
         schedule = Schedule(case.model, attack, problem, runs=1, batch_size=3)
         while schedule.busy:
-            left = schedule.step()
-            if left is not None:
+            for left in schedule.step():
                 assert torch.equal(left.state.broken, together.broken[left.rows])
                 assert torch.equal(left.state.survived, together.survived[left.rows])
                 held = ~left.state.broken

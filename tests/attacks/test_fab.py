@@ -163,8 +163,7 @@ def test_a_schedule_that_refills_finds_the_same(options: dict[str, int]) -> None
     order = Schedule(model, attack, problem, runs=len(attack.runs(4)), batch_size=4, likely=likely)
     best, kept = torch.full((10,), float("-inf")).double(), x.clone()
     while order.busy:
-        left = order.step()
-        if left is not None:
+        for left in order.step():
             better = left.state.value > best[left.rows]
             kept[left.rows[better]], best[left.rows[better]] = left.state.kept[better], left.state.value[better]
             order.judged(left, torch.ones_like(left.rows) > 0)

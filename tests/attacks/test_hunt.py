@@ -389,15 +389,13 @@ def broken(case: Case) -> Tensor:
     with borrowed(case.model):
         schedule = Schedule(case.model, attack, problem, runs=count, batch_size=case.slots, likely=likely)
         while schedule.busy:
-            left = schedule.step()
-            if left is None:
-                continue
-            part, points = problem.rows(left.rows), attack.candidate(left.state)
-            wrong = part.achieved(case.asked(points))
-            if attack.ball:
-                wrong &= inside(part.x, points, part.eps, attack.norm, attack.box)
-            found[left.rows] |= wrong
-            schedule.judged(left, ~wrong | part.eps.isinf())
+            for left in schedule.step():
+                part, points = problem.rows(left.rows), attack.candidate(left.state)
+                wrong = part.achieved(case.asked(points))
+                if attack.ball:
+                    wrong &= inside(part.x, points, part.eps, attack.norm, attack.box)
+                found[left.rows] |= wrong
+                schedule.judged(left, ~wrong | part.eps.isinf())
     return found
 
 

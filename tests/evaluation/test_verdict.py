@@ -25,8 +25,9 @@ from wideberth.evaluation import evaluate
 from wideberth.randomness import Noise
 
 EPS = 0.12
+TARGETED = PGD(steps=1, targets=2, restarts=2, step_size=0.03, loss=losses.margin_loss, keep="worst")
 LINE_UP: dict[str, Attack | Stage] = {
-    "PGD targeted": PGD(steps=1, targets=2, restarts=2, step_size=0.03, loss=losses.margin_loss, keep="worst"),
+    "PGD targeted": Stage(TARGETED, abreast=3),
     "PGD": PGD(steps=2, restarts=3, step_size=0.04, keep="worst"),
     "PMA, near": Stage(PMA(steps=4, diverse=2, restarts=2), near=-0.5),
 }
@@ -67,6 +68,19 @@ def test_every_stage_breaks_some_and_some_hold(whole: pd.DataFrame) -> None:
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_batch_size_changes_nothing(whole: pd.DataFrame, batch_size: int) -> None:
     assert_frame_equal(verdict(batch_size=batch_size), whole, rtol=1e-9)
+
+
+@pytest.mark.parametrize("abreast", [1, 2, 9])
+def test_runs_side_by_side_find_what_they_find_one_after_the_other(whole: pd.DataFrame, abreast: int) -> None:
+    """The first run that breaks a sample is the same, at the same step; what holds has cost the same."""
+    found = verdict(suite=LINE_UP | {"PGD targeted": Stage(TARGETED, abreast=abreast)}, batch_size=16)
+    held = whole["robust"]
+    cost = ["evaluations", "closest"]
+    assert_frame_equal(found.drop(columns=cost), whole.drop(columns=cost), rtol=1e-9)
+    assert_frame_equal(found[held], whole[held], rtol=1e-9)
+    more = found["evaluations"] - whole["evaluations"]
+    assert (more != 0).any()
+    assert abreast == 2 or (more <= 0).all() or (abreast == 9 and (more >= 0).all())
 
 
 class Shuffled(torch.utils.data.Dataset[Any]):
@@ -184,19 +198,21 @@ def test_two_processes_reach_the_same_verdict(whole: pd.DataFrame, tmp_path: Pat
     assert_frame_equal(pd.read_parquet(out), whole, rtol=1e-9, check_dtype=False)
 
 
-def test_success_that_the_judge_does_not_confirm_ends_no_run() -> None:
+@pytest.mark.parametrize("abreast", [1, 2])
+def test_success_that_the_judge_does_not_confirm_ends_no_run(abreast: int) -> None:
     """A search that took for success what is none goes on where it was, and in the end reports all that it spent."""
     model, x, y = problem(6)
     y = model(x).argmax(1)
     attack = PGD(steps=8, step_size=0.05, keep="worst", start="none", loss=losses.margin_loss)
     eps = torch.full((6,), 0.5, dtype=torch.float64)
-    schedule = Schedule(model, attack, Problem(x, y, eps, Noise(torch.arange(6))), runs=1, batch_size=4)
+    schedule = Schedule(
+        model, attack, Problem(x, y, eps, Noise(torch.arange(6))), runs=2, batch_size=4, abreast=abreast
+    )
     spent, leaves = torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)
     while schedule.busy:
-        left = schedule.step()
-        if left is not None:
+        for left in schedule.step():
             spent[left.rows] += left.state.spent
             leaves[left.rows] += 1
             schedule.judged(left, torch.ones_like(left.rows) > 0)
     assert leaves.max() > 3, "some succeed early, and again after every refusal"
-    assert (spent == 2 * attack.rounds).all(), "a forward and a gradient a step, each counted once"
+    assert (spent == 2 * 2 * attack.rounds).all(), "two runs of a forward and a gradient a step, each counted once"

@@ -19,6 +19,9 @@ from wideberth.checks import Box, Norm
 _NEAR = -0.02
 """A probability margin within which bfloat16 might take a mistake for none: its noise moves one by about 0.01."""
 
+_ABREAST = 3
+"""Runs side by side where nearly all samples stand them: what is left of a test set then fills its batches."""
+
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
@@ -34,15 +37,19 @@ class Stage:
             not depend on who else is judged.
         precision: of the search; what it finds is judged in the model's own precision all the same. bfloat16 is for
             models in float32 on machines that have arithmetic of its own for it, and leaves others as they are.
+        abreast: so many of a sample's runs (restarts, targets) go side by side: fuller batches where few samples are
+            left, for more evaluations on those that break in one of them.
     """
 
     attack: Attack
     near: float | None = None
     precision: Precision = "float32"
+    abreast: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse a precision that does not exist (`InputError`)."""
+        """Refuse what makes no sense (`InputError`)."""
         checks.choice("precision", self.precision, ("float32", "bfloat16"))
+        checks.at_least("abreast", self.abreast, 1)
 
 
 def pgd(norm: Norm, box: Box, classes: int, steps: int = 20, restarts: int = 2) -> dict[str, Attack]:
@@ -73,8 +80,8 @@ def standard(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
     targeted = APGD(norm=norm, box=box, loss=ratio, targets=5 if l1 else 9, large_eps=l1)
     return {
         "APGD-CE": Stage(APGD(norm=norm, box=box, restarts=5 if l1 else 1, large_eps=l1), precision="bfloat16"),
-        "APGD-T": Stage(targeted, precision="bfloat16"),
-        "FAB-T": Stage(FAB(norm=norm, box=box, targets=9), precision="bfloat16"),
+        "APGD-T": Stage(targeted, precision="bfloat16", abreast=_ABREAST),
+        "FAB-T": Stage(FAB(norm=norm, box=box, targets=9), precision="bfloat16", abreast=_ABREAST),
         "Square": Stage(Square(norm=norm, box=box), precision="bfloat16"),
         "APGD, float32": Stage(APGD(norm=norm, box=box, restarts=2, loss=losses.margin_loss), near=_NEAR),
     }

@@ -238,11 +238,12 @@ def _run_stage(
             batch_size=batch_size,
             likely=likely,
             run=ledger.due,  # shared: what the schedule counts up is what is saved
+            abreast=stage.abreast,
         )
         while schedule.busy:
-            left = schedule.step()
-            if left is not None:
-                schedule.judged(left, _judge(case, place, attack, ledger, left))
+            for left in schedule.step():
+                held = _judge(case, place, attack, ledger, left)
+                ledger.evaluations[left.rows] += schedule.judged(left, held)
             now = time.monotonic()
             ledger.seconds[place] = before + now - began
             if watch is not None:
@@ -266,7 +267,6 @@ def _judge(case: Case, place: int, attack: Attack, ledger: Ledger, left: Left) -
     cooled = logits / (clean / losses.SATURATED).clamp_min(1)[:, None]
     approach = losses.probability_margin_loss(cooled, y).where(allowed, -1.0).float().cpu()
     ledger.closest[rows] = torch.maximum(ledger.closest[rows], approach)
-    ledger.evaluations[rows] += left.state.spent.cpu() + 1
     distance = geometry.norm(points.double() - x.double(), case.norm).cpu()
     better = wrong & (distance < ledger.distance[rows])
     won = rows[better]
