@@ -267,3 +267,5 @@ def test_machines_without_bfloat16_and_models_in_float64_are_left_alone(monkeypa
 def test_narrowing_one_layer_changes_nothing() -> None:
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)), torch.rand(5, 2, 3)
     torch.testing.assert_close(narrowed(model, x)(x), model(x), rtol=0, atol=0)
+    alone = nn.Linear(6, 3)
+    assert narrowed(alone, x.flatten(1)) is alone

@@ -68,6 +68,8 @@ def narrowed(model: nn.Module, x: Tensor) -> nn.Module:
     """
     if x.dtype != torch.float32 or not _has_bfloat16(x.device):
         return model
+    if isinstance(model, nn.Conv2d | nn.Linear):  # the last layer stays as it is
+        return model
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     with borrowed(model), torch.no_grad():
         try:
