@@ -57,7 +57,7 @@ def run(name: str, setting: dict[str, Any], seed: int, data: Any, options: argpa
         progress=False,
         overwrite=True,
     )
-    found = wb.evaluate(model, data, norm="linf", eps=EPS)
+    found = wb.evaluate(model, data, norm="linf", eps=EPS, suite="pgd")
     x, y, _ = data.test().tensors()
     return {
         "regularizer": name,

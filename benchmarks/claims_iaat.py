@@ -85,7 +85,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         overwrite=True,
     )
     seconds = time.monotonic() - began
-    found = wb.evaluate(model, data, eps=8 / 255, margin=False)
+    found = wb.evaluate(model, data, eps=8 / 255, suite="pgd", margin=False)
     learned = trained.samples.get("radius") if trained.samples is not None else None
     spread = [] if learned is None else [255 * float(learned.quantile(q)) for q in (0, 0.25, 0.5, 0.75, 1)]
     return {

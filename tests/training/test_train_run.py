@@ -55,6 +55,25 @@ def test_what_is_there(finished: tuple[wb.Run, nn.Module, wb.data.Data]) -> None
     assert run.evaluation_samples is None
 
 
+@pytest.mark.parametrize(
+    ("radius", "norm", "said"),
+    [
+        (InstanceAdaptive(0.6, gamma=0.02, warmup=0), "linf", "note: 100% of the learned radii are beyond 0.5, half"),
+        (InstanceAdaptive(0.6, gamma=0.02, warmup=0), "l2", ""),
+        (InstanceAdaptive(0.3, gamma=0.5, warmup=0, maximum=0.5), "linf", ""),
+        (Fixed(0.6), "linf", ""),
+    ],
+    ids=["too far", "in l2 a pixel may go anywhere", "limited", "asked for"],
+)
+def test_radii_that_grow_beyond_half_of_the_box_are_noted_once(
+    radius: Any, norm: Any, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fit(mlp(), tensors(), tmp_path / "run", radius=radius, attack=wb.attacks.PGD(norm=norm, steps=1), epochs=2)
+    told = capfd.readouterr().err
+    assert told.count("note: ") == bool(said)
+    assert said in told
+
+
 def test_metrics(finished: tuple[wb.Run, nn.Module, wb.data.Data]) -> None:
     metrics = finished[0].metrics
     assert metrics is not None

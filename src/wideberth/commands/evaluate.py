@@ -51,7 +51,7 @@ def run(
     data: Data | None = None,
     norm: Norm = "linf",
     eps: float = 8 / 255,
-    suite: str = "pgd",
+    suite: str = "fast",
     rows: int | None = None,
     batch_size: int = 256,
     margin: bool = True,
@@ -72,7 +72,7 @@ def run(
         data: the data set (default: what the run was trained on).
         norm: linf, l2 or l1.
         eps: the radius, e.g. 8/255.
-        suite: the line-up of attacks.
+        suite: the line-up of attacks: fast, or the composition of AutoAttack: standard, plus, rand; pgd; radius.
         rows: only the first so many test rows.
         batch_size: samples at a time.
         margin: also measure effective margins.

@@ -22,6 +22,8 @@ from wideberth.training.module import RobustTraining
 from wideberth.training.stopping import OverfittingGuard
 
 BINS = 64
+_FEW = 0.01
+"""Of all radii: so many may go too far before it is said."""
 
 
 class Recorder(L.Callback):
@@ -40,6 +42,7 @@ class Recorder(L.Callback):
         self._radii: list[pd.DataFrame] = []
         self._began = 0.0
         self._learning_rate = float("nan")
+        self._noted = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the records of the epochs that a resumed run has behind it (its epoch is known from here on)."""
@@ -97,6 +100,9 @@ class Recorder(L.Callback):
         self._radii.append(
             pd.DataFrame({"epoch": trainer.current_epoch, "low": edges[:-1], "high": edges[1:], "count": count})
         )
+        if not self._noted and (note := beyond(radii, module)):
+            self._noted = True
+            Console(stderr=True).print(note, highlight=False, soft_wrap=True)
         quantiles = {f"radius_q{q}": float(np.quantile(radii, q / 100)) for q in (0, 25, 50, 75, 100)}
         return {"radius_mean": float(radii.mean()), **quantiles}
 
@@ -113,6 +119,18 @@ def training_radii(module: RobustTraining) -> np.ndarray[Any, Any]:
     if not len(module.radius.radii):
         return np.zeros(0)
     return module.radius.radii[module.rows].cpu().numpy()
+
+
+def beyond(radii: np.ndarray[Any, Any], module: RobustTraining) -> str | None:
+    """What to say where radii have grown so far that an input can be turned into any other of that mean; else None."""
+    half = (module.box[1] - module.box[0]) / 2
+    share = float((radii > half).mean())
+    if module.attack.norm != "linf" or share < _FEW:
+        return None
+    return (
+        f"note: {share:.0%} of the learned radii are beyond {half:g}, half of the box, where every input can be turned "
+        "grey: training at these may teach the network to hide its gradients; set radius.maximum"
+    )
 
 
 def summary(row: dict[str, Any], epochs: int | None) -> str:
