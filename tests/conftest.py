@@ -1,4 +1,4 @@
-"""What holds for all tests: one thread each, and the same random numbers whatever ran before."""
+"""What holds for all tests: one thread each, and random numbers that do not hang on what ran before."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import torch
 
 # Tiny tensors gain nothing from threads, and lose much where processes share the cores.
 torch.set_num_threads(1)
+torch.manual_seed(0)  # for what is built when tests are collected
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _seeded_for_fixtures() -> None:
+    """For what a module's tests share."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

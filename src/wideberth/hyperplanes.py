@@ -100,11 +100,11 @@ def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm, endless: bool) -
         missing = wanted - torch.mul(torch.le(left, level, out=share), most, out=part).sum(1, keepdim=True)
         slope = torch.mul(torch.gt(left, level, out=share), slopes, out=part).sum(1, keepdim=True)
         further = torch.where(slope > 0, missing / slope, float("inf"))
+        if not looking:
+            level = levels = torch.maximum(level, further)
+            continue
         going = (further > level).squeeze(1)
         level = torch.maximum(level, further)
-        if not looking:
-            levels = level
-            continue
         levels[rows] = level
         count = int(going.sum())
         if not count:

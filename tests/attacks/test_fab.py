@@ -151,8 +151,9 @@ def test_restarts_begin_at_random_points_of_their_own() -> None:
     assert (second(1, 1) != second(2, 1)).any(1).all()
 
 
+@pytest.mark.parametrize("abreast", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"restarts": 3}, {"targets": 2, "restarts": 2}], ids=str)
-def test_a_schedule_that_refills_finds_the_same(options: dict[str, int]) -> None:
+def test_a_schedule_that_refills_finds_the_same(options: dict[str, int], abreast: int) -> None:
     """Rows at different steps, restarts and targets share batches of four."""
     x, model = torch.rand(10, 6, generator=torch.Generator().manual_seed(0)).double(), network().eval()
     y = predicted(model, x).argmax(1)
@@ -160,7 +161,8 @@ def test_a_schedule_that_refills_finds_the_same(options: dict[str, int]) -> None
     problem = Problem(x, y, torch.full((10,), float("inf")).double(), Noise(torch.arange(10), 3))
     whole = attack.craft(model, problem)
     likely = losses.likeliest(predicted(model, x), y)
-    order = Schedule(model, attack, problem, runs=len(attack.runs(4)), batch_size=4, likely=likely)
+    runs = len(attack.runs(4))
+    order = Schedule(model, attack, problem, runs=runs, batch_size=4, likely=likely, abreast=abreast)
     best, kept = torch.full((10,), float("-inf")).double(), x.clone()
     while order.busy:
         for left in order.step():

@@ -244,6 +244,7 @@ class Case:
         judge: as in the call.
         dense: whether the inputs lie in memory row after row.
         slots: of the schedule.
+        abreast: runs of a row side by side in it.
     """
 
     attack: Attack
@@ -259,6 +260,7 @@ class Case:
     judge: bool
     dense: bool
     slots: int
+    abreast: int
 
     def drawn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
@@ -358,6 +360,7 @@ def cases(draw: st.DrawFn) -> Case:
         judge=draw(of(True, True, False)),
         dense=draw(of(True, True, False)),
         slots=draw(of(1, 2, 3, 4)),
+        abreast=draw(of(1, 2, 3)),
     )
 
 
@@ -387,7 +390,8 @@ def broken(case: Case) -> Tensor:
     found = torch.zeros_like(problem.y, dtype=torch.bool)
     count = attack.restarts if likely is None else len(attack.runs(case.classes))
     with borrowed(case.model):
-        schedule = Schedule(case.model, attack, problem, runs=count, batch_size=case.slots, likely=likely)
+        shape = {"runs": count, "batch_size": case.slots, "abreast": case.abreast}
+        schedule = Schedule(case.model, attack, problem, likely=likely, **shape)
         while schedule.busy:
             for left in schedule.step():
                 part, points = problem.rows(left.rows), attack.candidate(left.state)

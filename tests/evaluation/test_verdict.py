@@ -75,12 +75,12 @@ def test_runs_side_by_side_find_what_they_find_one_after_the_other(whole: pd.Dat
     """The first run that breaks a sample is the same, at the same step; what holds has cost the same."""
     found = verdict(suite=LINE_UP | {"PGD targeted": Stage(TARGETED, abreast=abreast)}, batch_size=16)
     held = whole["robust"]
-    cost = ["evaluations", "closest"]
-    assert_frame_equal(found.drop(columns=cost), whole.drop(columns=cost), rtol=1e-9)
+    assert_frame_equal(found.drop(columns="evaluations"), whole.drop(columns="evaluations"), rtol=1e-9)
     assert_frame_equal(found[held], whole[held], rtol=1e-9)
     more = found["evaluations"] - whole["evaluations"]
     assert (more != 0).any()
-    assert abreast == 2 or (more <= 0).all() or (abreast == 9 and (more >= 0).all())
+    if abreast != 2:  # windows of two end elsewhere than those of three
+        assert (more <= 0).all() if abreast == 1 else (more >= 0).all()
 
 
 class Shuffled(torch.utils.data.Dataset[Any]):
@@ -208,11 +208,12 @@ def test_success_that_the_judge_does_not_confirm_ends_no_run(abreast: int) -> No
     schedule = Schedule(
         model, attack, Problem(x, y, eps, Noise(torch.arange(6))), runs=2, batch_size=4, abreast=abreast
     )
-    spent, leaves = torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)
+    spent, settled, leaves = (torch.zeros(6, dtype=torch.int64) for _ in range(3))
     while schedule.busy:
         for left in schedule.step():
             spent[left.rows] += left.state.spent
             leaves[left.rows] += 1
-            schedule.judged(left, torch.ones_like(left.rows) > 0)
+            settled[left.rows] += schedule.judged(left, torch.ones_like(left.rows) > 0)
     assert leaves.max() > 3, "some succeed early, and again after every refusal"
     assert (spent == 2 * 2 * attack.rounds).all(), "two runs of a forward and a gradient a step, each counted once"
+    assert torch.equal(settled, spent + leaves), "and a forward of the judge each time that a run left"

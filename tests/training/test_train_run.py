@@ -18,7 +18,7 @@ from torch import nn
 from training_tools import adam, fit, mlp, seeded, tensors
 
 import wideberth as wb
-from wideberth.training.radii import Fixed, InstanceAdaptive
+from wideberth.training.radii import Fixed, InstanceAdaptive, ShortestSuccessful
 from wideberth.training.regularizers import EffectiveMargin
 from wideberth.training.schedules import Steps
 
@@ -53,6 +53,19 @@ def test_what_is_there(finished: tuple[wb.Run, nn.Module, wb.data.Data]) -> None
     assert run.name == "run"
     assert run.evaluation is None
     assert run.evaluation_samples is None
+
+
+def test_a_batch_of_which_nothing_was_moved_was_still_attacked(tmp_path: Path) -> None:
+    """MMA moves nothing that is wrong as it is: what is logged at those points is the adversarial accuracy."""
+    model = mlp()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # a tie: nothing is right by a soft margin
+    policies = {"radius": ShortestSuccessful(0.3, 0.05), "attack": wb.attacks.PGD(steps=1)}
+    run = fit(model, tensors(), tmp_path / "run", optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **policies, epochs=1)
+    assert run.metrics is not None
+    assert "accuracy_adversarial" in run.metrics
+    assert "accuracy_clean" not in run.metrics
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class Schedule:
     Args:
         model: asked on its own device; borrowed already, or a copy that nobody else uses.
         attack: what is run.
-        problem: all N samples, on any device; parts of it are moved to the model's.
+        problem: all N samples, on any device; parts of it are moved to the model's. All else here is on the CPU.
         runs: how many runs a sample is due.
         batch_size: rows under way at a time (a few more, where the runs abreast of one sample are more).
         likely: (N, K - 1) classes other than the label, the likeliest first, if the attack aims at targets.
@@ -73,7 +73,7 @@ class Schedule:
     ) -> None:
         self.model, self.attack, self.problem, self.likely = model, attack, problem, likely
         self.runs, self.batch_size, self.abreast = runs, batch_size, abreast
-        self.run = torch.zeros_like(problem.y) if run is None else run
+        self.run = torch.zeros(len(problem.y), dtype=torch.int64) if run is None else run
         self.end = self.run.clone()  # of the runs abreast that a sample is at
         self.device = next((p.device for p in model.parameters()), problem.x.device)
         self.waiting = deque((self.run < runs).nonzero().squeeze(1).tolist())
@@ -156,7 +156,8 @@ class Schedule:
         return self.ended.run == lowest[self.ended.rows]
 
     def _refill(self) -> None:
-        free = self.batch_size - len(self.going)
+        # Runs that wait for those before them may yet have to go on.
+        free = self.batch_size - len(self.going) - len(self.ended)
         if not self.waiting or (len(self.going) and free * REFILL < self.batch_size):
             return
         rows: list[int] = []

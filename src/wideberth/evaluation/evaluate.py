@@ -264,7 +264,7 @@ def _stages(samples: pd.DataFrame, line_up: Mapping[str, Stage], seconds: list[f
         left -= float((samples["clean_correct"] & (samples["attack"] == name)).mean())
         settings = describe(stage.attack)
         told.append({"name": name, "robust_accuracy": left, "seconds": spent, "settings": settings})
-        told[-1] |= {"near": stage.near, "precision": stage.precision}
+        told[-1] |= {"near": stage.near, "precision": stage.precision, "abreast": stage.abreast}
     return told
 
 

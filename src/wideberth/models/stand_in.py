@@ -199,7 +199,7 @@ class _First(_Narrow):
 
     def __init__(self, layer: nn.Module, rectified: bool = False) -> None:
         assert isinstance(layer, nn.Conv2d | nn.Linear)
-        # To one of the two halves: the gradient is the same for both.
+        # To one of the two halves: the gradient is the same for both. (`transposed` is for what `back` is not able to.)
         back = Transposed(deepcopy(layer).to(torch.bfloat16), plain=True) if isinstance(layer, nn.Conv2d) else None
         twice = torch.cat([layer.weight, layer.weight], 1)
         if isinstance(layer, nn.Conv2d):

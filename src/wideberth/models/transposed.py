@@ -21,7 +21,7 @@ class Transposed:
     """Takes gradients back through a convolution, to blocks of pixels where that is faster.
 
     Args:
-        layer: a convolution; its weights as they are now are used, in the precision that they have now.
+        layer: a convolution whose weights no longer change.
         plain: whether blocks of one pixel, too, are to be computed here and not by torch.
     """
 

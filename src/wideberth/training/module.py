@@ -194,7 +194,7 @@ class RobustTraining(L.LightningModule):
             self.radius.observe(step, payment.adversarial_logits)
         self.visited[step.index] = True
         self._watch(loss)
-        self._log(step, payment, weights, loss, penalty, perturbed=x_adv is not step.x)
+        self._log(step, payment, weights, loss, penalty, perturbed=step.found is not None)
         return loss
 
     def open(self, batch: Batch, batch_idx: int) -> Step:

@@ -122,14 +122,14 @@ def training_radii(module: RobustTraining) -> np.ndarray[Any, Any]:
 
 
 def beyond(radii: np.ndarray[Any, Any], module: RobustTraining) -> str | None:
-    """What to say where radii have grown so far that an input can be turned into any other of that mean; else None."""
+    """What to say where radii have grown so far that every input can be turned grey; None where they have not."""
     half = (module.box[1] - module.box[0]) / 2
     share = float((radii > half).mean())
     if module.attack.norm != "linf" or share < _FEW:
         return None
     return (
         f"note: {share:.0%} of the learned radii are beyond {half:g}, half of the box, where every input can be turned "
-        "grey: training at these may teach the network to hide its gradients; set radius.maximum"
+        "grey: training at these may teach the network to hide its gradients; a smaller radius.maximum prevents it"
     )
 
 
