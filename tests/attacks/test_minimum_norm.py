@@ -382,3 +382,15 @@ def test_a_box_without_faces_is_refused_where_they_are_needed(kind: type[Attack]
     """It found nothing there, and said so as if the model were robust."""
     with pytest.raises(InputError, match="finite"):
         kind(box=box, **options)
+
+
+def test_carlini_wagner_takes_rounding_for_no_progress() -> None:
+    """With c = 0 nothing moves but by rounding, which differs with the place in a vector register: all rows give up."""
+    x = torch.rand(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = linear(torch.eye(2, 5, dtype=torch.float64))
+    attack = CarliniWagner(steps=5, search_steps=1, initial_c=0.0, cuts=0)
+    found = attack(model, x, model(x).argmax(1), eps=0.5)
+    assert found.evaluations.tolist() == [2 * 2] * 5
+    for row in range(5):
+        alone = attack(model, x[row : row + 1], model(x[row : row + 1]).argmax(1), eps=0.5)
+        assert alone.evaluations.tolist() == [2 * 2]
