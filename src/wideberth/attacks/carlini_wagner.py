@@ -183,8 +183,12 @@ class CarliniWagner(Attack):
 
     def _grain(self, problem: Problem) -> float:
         """What an objective may be off where nothing was moved."""
-        off = 4 * torch.finfo(problem.eps.dtype).eps * (self.box[1] - self.box[0])
+        off = self._off(problem.eps.dtype)
         return problem.x[0].numel() * (off**2 if self.norm == "l2" else off)
+
+    def _off(self, dtype: torch.dtype) -> float:
+        """How far tanh space and back may lead by rounding."""
+        return 4 * torch.finfo(dtype).eps * (self.box[1] - self.box[0])
 
     def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
         """One run of all rows; those that are done leave, unless a `loss` is tied to the batch."""
@@ -220,7 +224,9 @@ class CarliniWagner(Attack):
     def perturbation(self, x: Tensor, w: Tensor) -> Tensor:
         """What leads from the input to the point of `w`, dtype of `w`; it may lead out of the box by a little."""
         middle, reach = self._centre
-        return reach * torch.tanh(w) - _INSIDE * (x.to(w.dtype) - middle)
+        delta = reach * torch.tanh(w) - _INSIDE * (x.to(w.dtype) - middle)
+        # Adam takes a stride by a gradient however small: rounding, which differs from batch to batch, must be none.
+        return torch.where(delta.abs() > self._off(w.dtype), delta, 0)
 
     def point(self, problem: Problem, state: Search) -> Tensor:
         """What the model is asked about, dtype of x."""
