@@ -10,7 +10,7 @@ from attack_oracles import linear, predicted
 from torch import Tensor, nn
 
 from wideberth import geometry, losses
-from wideberth.attacks import PGD, Problem, Square, windows
+from wideberth.attacks import PGD, Problem, Square, square, windows
 from wideberth.attacks.square import _moved, _shortened
 from wideberth.attacks.state import Enclosed, State
 from wideberth.checks import Box, InputError, Norm
@@ -169,6 +169,23 @@ def test_queries_that_would_repeat_the_incumbent_count_without_being_asked(chann
         assert ((at_top & moved).flatten(2).any(2) != (~at_top & moved).flatten(2).any(2)).all()
     assert saved > (100 if channels == 1 else 3)
     assert state.survived.tolist() == [600] * 32
+
+
+def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose windows differ in size share a batch: half of them are 150 queries further."""
+    attack, model, searches = Square(queries=400, rescaled=True), linear(drawn(2, 432)), []
+    for few in (1_000_000, 0):
+        monkeypatch.setattr(square, "_FEW", few)
+        given, state = begun(attack, (3, 12, 12), batch=16)
+        further = torch.arange(16) % 2 * 150
+        state = replace(state, iteration=further, **attack._drawn(given, further))
+        points = []
+        for _ in range(200):
+            state = attack.step(model, given, state)
+            points.append(state.point)
+        searches.append((torch.stack(points), state.iteration))
+    for by_mask, by_entry in zip(*searches, strict=True):
+        assert torch.equal(by_mask, by_entry)
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])

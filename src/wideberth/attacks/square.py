@@ -22,6 +22,9 @@ _NEWTON_STEPS = 6
 _DRAWN = 64
 """Queries whose random numbers are drawn together."""
 
+_FEW = 16
+"""Windows of so small a part of the input are filled entry by entry, instead of by a mask of all."""
+
 _NOTHING = 1e-4
 """Of the radius: a window with less in it counts as empty."""
 
@@ -221,20 +224,22 @@ def _filled(
     Also returned is where that is `kept` itself, (B,) bool: there the window is turned over, to the other faces.
     """
     height, width = kept.shape[2:]
+    # Only where looking costs nothing: a GPU had better turn whole images than wait to be asked.
+    if kept.device.type == "cpu" and _FEW * int((window.rows * window.columns).max()) <= height * width:
+        places = window.places(width)[:, None].expand(-1, kept.shape[1], -1)
+        was, least, most = (part.flatten(2).gather(2, places) for part in (kept, low, high))
+        up = sign[:, :, None] > 0
+        repeated = (torch.where(up, most, least) == was).flatten(1).all(1)
+        turned = torch.where(up != repeated[:, None, None], most, least)
+        return kept.flatten(2).scatter(2, places, turned).view_as(kept), repeated
     mask = window.mask(height, width, kept.dtype)
     # Pushed far beyond the face and clamped to it: exact, and faster than to select.
     push = _column(4 * size[:, None] * sign).to(kept.dtype)
     point = torch.addcmul(kept, push, mask).clamp_(low, high)
     # Differences, not bools: those would not run in vectors.
     repeated = (point - kept).abs_().flatten(1).amax(1) == 0
-    # Only where looking costs nothing: a GPU had better turn all rows than wait to be asked.
-    if kept.device.type != "cpu":
-        push = push * _column(1 - 2 * repeated.to(push.dtype))
-        return torch.addcmul(kept, push, mask).clamp_(low, high), repeated
-    rows = repeated.nonzero().squeeze(1)
-    if len(rows):
-        point[rows] = torch.addcmul(kept[rows], -push[rows], mask[rows]).clamp_(low[rows], high[rows])
-    return point, repeated
+    push = push * _column(1 - 2 * repeated.to(push.dtype))
+    return torch.addcmul(kept, push, mask).clamp_(low, high), repeated
 
 
 def _moved(delta: Tensor, one: Tensor, two: Tensor, bump: Tensor, sign: Tensor, radius: Tensor, norm: Norm) -> Tensor:

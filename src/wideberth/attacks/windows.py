@@ -65,6 +65,13 @@ class Window(NamedTuple):
         across = _inside(self.left, self.columns, width, dtype)[:, None, None, :]
         return across if height == 1 else across * _inside(self.top, self.rows, height, dtype)[:, None, :, None]
 
+    def places(self, width: int) -> Tensor:
+        """(B, n) int64, where in the flattened (H, W) its entries lie; smaller windows name their last ones again."""
+        device = self.top.device
+        down = torch.arange(int(self.rows.max()), device=device).minimum(self.rows[:, None] - 1) + self.top[:, None]
+        across = torch.arange(int(self.columns.max()), device=device).minimum(self.columns[:, None] - 1)
+        return (down[:, :, None] * width + (across + self.left[:, None])[:, None]).flatten(1)
+
 
 def _inside(first: Tensor, count: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     place = torch.arange(length, device=first.device) - first[:, None]
