@@ -14,20 +14,18 @@ Finished runs are kept in OUT/results.jsonl, so an interrupted benchmark continu
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ledger import results
+
 FIXED = (2, 4, 6, 8)
-UNLIKE = ("out", "data", "seeds", "jobs", "only")  # options that do not change what a run is
 ADAPTIVE: dict[str, dict[str, Any]] = {
     "simple, gamma 1.9": {"rule": "simple", "gamma": 1.9 / 255},
     "lookahead, beta 0.5": {"rule": "lookahead", "gamma": 1.9 / 255, "beta": 0.5},
@@ -89,8 +87,6 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     learned = trained.samples.get("radius") if trained.samples is not None else None
     spread = [] if learned is None else [255 * float(learned.quantile(q)) for q in (0, 0.25, 0.5, 0.75, 1)]
     return {
-        "name": name,
-        "seed": seed,
         "clean": 100 * found.clean_accuracy,
         "robust": 100 * found.robust_accuracy,
         "radius_quantiles": [round(q, 2) for q in spread],
@@ -98,13 +94,13 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def gains(results: pd.DataFrame) -> pd.DataFrame:
+def gains(found: pd.DataFrame) -> pd.DataFrame:
     """Per setting: accuracies, height above the fixed-radius curve of its seed, radii min/q1/median/q3/max."""
     rows = []
-    for name, group in results.groupby("name", sort=False):
+    for name, group in found.groupby("name", sort=False):
         heights = []
         for entry in group.itertuples():
-            curve = results[(results.seed == entry.seed) & results.name.str.startswith("fixed")].sort_values("robust")
+            curve = found[(found.seed == entry.seed) & found.name.str.startswith("fixed")].sort_values("robust")
             # A radius that another beats on both accounts is no reference: it would pull the curve down.
             curve = curve[curve.clean[::-1].cummax()[::-1] == curve.clean]
             inside = len(curve) > 1 and curve.robust.min() <= entry.robust <= curve.robust.max()
@@ -140,34 +136,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--only", default="", help="only settings whose name contains this")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    ledger = options.out / "results.jsonl"
-    known = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.is_file() else []
-    settings = {key: value for key, value in vars(options).items() if key not in UNLIKE}
-    known = [entry for entry in known if entry["settings"] == settings]
-    done = {(entry["name"], entry["seed"]) for entry in known}
     curve = [*(f"fixed {radius}" for radius in FIXED), *ADAPTIVE]
-    names = [*curve, *ABLATIONS]
     # Both rules for every seed before the ablations: an interrupted benchmark still answers its question.
     order = [(name, seed) for part in (curve, [*ABLATIONS]) for seed in range(options.seeds) for name in part]
-    todo = [entry for entry in order if options.only in entry[0] and entry not in done]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        pending = [pool.submit(run, name, seed, options) for name, seed in todo]
-        for future in as_completed(pending):
-            entry = future.result() | {"settings": settings, "torch": version("torch")}
-            known.append(entry)
-            with ledger.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            print(json.dumps(entry), flush=True)
-    places = {name: place for place, name in enumerate(names)}
-    results = pd.DataFrame(known).sort_values(by="name", key=lambda column: column.map(places), kind="stable")
+    found = results(run, order, options)
     print(
         f"\n{options.rows} rows, {options.epochs} epochs, width {options.width}, PGD-{options.steps} training; "
         f"judged on {options.test_rows} test rows at 8/255 by PGD-20 margin and cross-entropy, 2 restarts each"
     )
     error = 100 * (0.25 / options.test_rows) ** 0.5
     print(f"standard error of one accuracy: up to {error:.1f} points; torch {version('torch')}")
-    print(gains(results).to_string(index=False))
+    print(gains(found).to_string(index=False))
 
 
 if __name__ == "__main__":

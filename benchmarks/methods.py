@@ -14,21 +14,19 @@ was. Steps are timed by themselves, in turns and in one process (`--cost`).
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ledger import results
+
 EPS, STEPS, BATCH = 0.3, 7, 128
-UNLIKE = ("out", "data", "seeds", "jobs", "only", "cost")  # options that do not change what a run is
 
 
 def methods(epochs: int, warmup: int) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -147,8 +145,6 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     found.save(trained.path)
     raised = [finding["name"] for finding in found.protocol["findings"] if finding["raised"]]
     return {
-        "method": name,
-        "seed": seed,
         "clean": 100 * found.clean_accuracy,
         "pgd": 100 * pgd.robust_accuracy,
         "verdict": 100 * found.robust_accuracy,
@@ -188,10 +184,10 @@ def costs(options: argparse.Namespace, rounds: int = 7) -> dict[str, float]:
     }
 
 
-def table(results: pd.DataFrame, cost: dict[str, float]) -> pd.DataFrame:
+def table(found: pd.DataFrame, cost: dict[str, float]) -> pd.DataFrame:
     """One row per method: means over the seeds, and the verdict of each seed."""
     rows = []
-    for name, group in results.groupby("method", sort=False):
+    for name, group in found.groupby("name", sort=False):
         raised = sorted({check for checks in group.raised for check in checks})
         rows.append(
             {
@@ -225,35 +221,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only methods whose name contains this")
     parser.add_argument("--cost", action="store_true", help="also time the steps, on a quiet machine")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    ledger = options.out / "results.jsonl"
-    known = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.is_file() else []
-    settings = {key: value for key, value in vars(options).items() if key not in UNLIKE}
-    settings |= {"eps": EPS, "steps": STEPS}
-    known = [entry for entry in known if entry["settings"] == settings]
-    done = {(entry["method"], entry["seed"]) for entry in known}
-    names = list(methods(options.epochs, options.warmup))
-    todo = [
-        (name, seed)
-        for seed in range(options.seeds)
-        for name in names
-        if options.only in name and (name, seed) not in done
-    ]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        pending = [pool.submit(run, name, seed, options) for name, seed in todo]
-        for future in as_completed(pending):
-            entry = future.result() | {"settings": settings, "torch": version("torch")}
-            known.append(entry)
-            with ledger.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            print(json.dumps(entry), flush=True)
-    places = {name: place for place, name in enumerate(names)}
-    results = pd.DataFrame(known).sort_values(by="method", key=lambda column: column.map(places), kind="stable")
+    names = methods(options.epochs, options.warmup)
+    order = [(name, seed) for seed in range(options.seeds) for name in names]
+    found = results(run, order, options, eps=EPS, steps=STEPS)
     error = 100 * (0.25 / options.test_rows) ** 0.5
     print(f"\n{options.rows} rows, {options.epochs} epochs, width {options.width}, PGD-{STEPS} training at {EPS}")
     print(f"standard error of one accuracy: up to {error:.1f} points; torch {version('torch')}")
     with pd.option_context("display.width", 250, "display.max_colwidth", 80):
-        print(table(results, costs(options) if options.cost else {}).to_string(index=False))
+        print(table(found, costs(options) if options.cost else {}).to_string(index=False))
 
 
 if __name__ == "__main__":
