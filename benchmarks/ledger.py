@@ -22,7 +22,7 @@ def results(
     options: argparse.Namespace,
     **settings: Any,
 ) -> pd.DataFrame:
-    """One row per run, those of earlier calls in OUT/results.jsonl included, sorted as in `order`.
+    """One row per run, those of earlier calls in OUT/results.jsonl included, names in the order of `order`.
 
     Args:
         run: (name, seed, options) -> its figures; a function of a module, since processes of their own call it.
@@ -47,5 +47,7 @@ def results(
             with ledger.open("a") as file:
                 file.write(json.dumps(found) + "\n")
             print(json.dumps(found), flush=True)
+    if not known:
+        raise SystemExit(f"--only {options.only!r}: is in none of {sorted({name for name, _ in order})}")
     places = {name: place for place, name in enumerate(dict.fromkeys(name for name, _ in order))}
     return pd.DataFrame(known).sort_values(by="name", key=lambda column: column.map(places), kind="stable")

@@ -384,8 +384,22 @@ def test_a_box_without_faces_is_refused_where_they_are_needed(kind: type[Attack]
         kind(box=box, **options)
 
 
-def test_carlini_wagner_takes_rounding_for_no_progress() -> None:
-    """With c = 0 nothing moves but by rounding, which differs with the place in a vector register: all rows give up."""
+def test_carlini_wagner_follows_margins_that_are_small_beside_the_box() -> None:
+    """A margin of 0.01, 150 away in a box of 3072 entries up to 255, where sums over all entries are off by more."""
+    generator = torch.Generator().manual_seed(0)
+    x = 20 + 20 * torch.rand(1, 3072, generator=generator, dtype=torch.float64)
+    normal = -torch.rand(3072, generator=generator, dtype=torch.float64)
+    normal *= 0.01 / 150 / normal.abs().sum()
+    bias = 0.01 - x[0] @ normal
+    model = linear(torch.stack([normal, torch.zeros_like(normal)]), torch.stack([bias, torch.zeros_like(bias)]))
+    attack = CarliniWagner(norm="linf", box=(0.0, 255.0), steps=100)
+    found = attack(model.float(), x.float(), torch.tensor([0]), eps=255.0)
+    assert found.success.all()
+    assert float((found.x - x).abs().max()) == pytest.approx(150, rel=0.05)
+
+
+def test_carlini_wagner_gives_up_where_there_is_nothing_to_gain() -> None:
+    """With c = 0 the objective is zero from the start, and stays so in every row, alone or in company."""
     x = torch.rand(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = linear(torch.eye(2, 5, dtype=torch.float64))
     attack = CarliniWagner(steps=5, search_steps=1, initial_c=0.0, cuts=0)

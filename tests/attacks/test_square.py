@@ -174,7 +174,7 @@ def test_queries_that_would_repeat_the_incumbent_count_without_being_asked(chann
 def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose windows differ in size share a batch: half of them are 150 queries further."""
     attack, model, searches = Square(queries=400, rescaled=True), linear(drawn(2, 432)), []
-    for few in (1_000_000, 0):
+    for few in (0, 1 / 16, 1):  # none of them, those that are small, and all
         monkeypatch.setattr(square, "_FEW", few)
         given, state = begun(attack, (3, 12, 12), batch=16)
         further = torch.arange(16) % 2 * 150
@@ -184,8 +184,18 @@ def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(m
             state = attack.step(model, given, state)
             points.append(state.point)
         searches.append((torch.stack(points), state.iteration))
-    for by_mask, by_entry in zip(*searches, strict=True):
-        assert torch.equal(by_mask, by_entry)
+    for points, iteration in searches[1:]:
+        assert torch.equal(points, searches[0][0])
+        assert torch.equal(iteration, searches[0][1])
+
+
+def test_masks_reach_faces_far_out_in_half_precision() -> None:
+    x = torch.tensor([[20_000.0, -20_000.0], [1.0, 0.0]], dtype=torch.float16)
+    model = linear(torch.eye(2, dtype=torch.float16))
+    attack = Square(queries=20, box=(-float("inf"), float("inf")))
+    found = attack(model, x, torch.tensor([0, 0]), eps=1.0)
+    assert torch.isfinite(found.x).all()
+    assert found.success.tolist() == [False, True]
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])

@@ -161,8 +161,8 @@ class CarliniWagner(Attack):
         # In linf, points within tau are all there are, and success at once asks for less.
         state = replace(state, reached=state.reached | now)
         paid, pull = self.penalty(self.perturbation(problem.x, state.w), state.tau)
-        # What tanh space and back leaves of a distance of zero is rounding, and no progress.
-        objective = (paid + state.c * (-value).clamp_min(0)).clamp_min(self._grain(problem))
+        # From zero there is nothing to gain: above zero, its share of `before` is less than it.
+        objective = (paid + state.c * (-value).clamp_min(0)).clamp_min(torch.finfo(paid.dtype).tiny)
         look = state.taken % max(1, self.steps // 10) == 0
         stuck = look & (objective > _PROGRESS * state.before)
         state = replace(
@@ -181,14 +181,10 @@ class CarliniWagner(Attack):
             iteration=state.iteration.masked_fill(done, self.rounds),
         )
 
-    def _grain(self, problem: Problem) -> float:
-        """What an objective may be off where nothing was moved."""
-        off = self._off(problem.eps.dtype)
-        return problem.x[0].numel() * (off**2 if self.norm == "l2" else off)
-
     def _off(self, dtype: torch.dtype) -> float:
         """How far tanh space and back may lead by rounding."""
-        return 4 * torch.finfo(dtype).eps * (self.box[1] - self.box[0])
+        low, high = self.box
+        return 4 * torch.finfo(dtype).eps * (high - low + max(abs(low), abs(high)))
 
     def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
         """One run of all rows; those that are done leave, unless a `loss` is tied to the batch."""

@@ -22,8 +22,8 @@ _NEWTON_STEPS = 6
 _DRAWN = 64
 """Queries whose random numbers are drawn together."""
 
-_FEW = 16
-"""Windows of so small a part of the input are filled entry by entry, instead of by a mask of all."""
+_FEW = 1 / 16
+"""Of the input: windows that cover no more are filled entry by entry, larger ones by a mask of all entries."""
 
 _NOTHING = 1e-4
 """Of the radius: a window with less in it counts as empty."""
@@ -223,23 +223,48 @@ def _filled(
 
     Also returned is where that is `kept` itself, (B,) bool: there the window is turned over, to the other faces.
     """
+    large = window.rows * window.columns > _FEW * kept[0, 0].numel()
+    # Only where looking costs nothing: a GPU had better fill by masks than wait to be asked.
+    if kept.device.type != "cpu" or 2 * int(large.sum()) > len(large):
+        return _filled_by_mask(kept, low, high, window, sign, size)
+    small = window._replace(rows=window.rows.masked_fill(large, 1), columns=window.columns.masked_fill(large, 1))
+    point, repeated = _filled_by_entry(kept, low, high, small, sign)
+    rows = large.nonzero().squeeze(1)
+    if len(rows):  # those that began later than most
+        there = windows.Window(*(part[rows] for part in window))
+        point[rows], repeated[rows] = _filled_by_mask(kept[rows], low[rows], high[rows], there, sign[rows], size[rows])
+    return point, repeated
+
+
+def _filled_by_entry(
+    kept: Tensor, low: Tensor, high: Tensor, window: windows.Window, sign: Tensor
+) -> tuple[Tensor, Tensor]:
+    places = window.places(kept.shape[3])[:, None].expand(-1, kept.shape[1], -1)
+    was, least, most = (part.flatten(2).gather(2, places) for part in (kept, low, high))
+    up = sign[:, :, None] > 0
+    repeated = (torch.where(up, most, least) == was).flatten(1).all(1)
+    turned = torch.where(up != repeated[:, None, None], most, least)
+    return kept.flatten(2).scatter(2, places, turned).view_as(kept), repeated
+
+
+def _filled_by_mask(
+    kept: Tensor, low: Tensor, high: Tensor, window: windows.Window, sign: Tensor, size: Tensor
+) -> tuple[Tensor, Tensor]:
     height, width = kept.shape[2:]
-    # Only where looking costs nothing: a GPU had better turn whole images than wait to be asked.
-    if kept.device.type == "cpu" and _FEW * int((window.rows * window.columns).max()) <= height * width:
-        places = window.places(width)[:, None].expand(-1, kept.shape[1], -1)
-        was, least, most = (part.flatten(2).gather(2, places) for part in (kept, low, high))
-        up = sign[:, :, None] > 0
-        repeated = (torch.where(up, most, least) == was).flatten(1).all(1)
-        turned = torch.where(up != repeated[:, None, None], most, least)
-        return kept.flatten(2).scatter(2, places, turned).view_as(kept), repeated
     mask = window.mask(height, width, kept.dtype)
     # Pushed far beyond the face and clamped to it: exact, and faster than to select.
-    push = _column(4 * size[:, None] * sign).to(kept.dtype)
+    most = torch.finfo(kept.dtype).max
+    push = _column((4 * size[:, None] * sign).clamp(-most, most)).to(kept.dtype)
     point = torch.addcmul(kept, push, mask).clamp_(low, high)
     # Differences, not bools: those would not run in vectors.
     repeated = (point - kept).abs_().flatten(1).amax(1) == 0
-    push = push * _column(1 - 2 * repeated.to(push.dtype))
-    return torch.addcmul(kept, push, mask).clamp_(low, high), repeated
+    if kept.device.type != "cpu":
+        push = push * _column(1 - 2 * repeated.to(push.dtype))
+        return torch.addcmul(kept, push, mask).clamp_(low, high), repeated
+    rows = repeated.nonzero().squeeze(1)
+    if len(rows):
+        point[rows] = torch.addcmul(kept[rows], -push[rows], mask[rows]).clamp_(low[rows], high[rows])
+    return point, repeated
 
 
 def _moved(delta: Tensor, one: Tensor, two: Tensor, bump: Tensor, sign: Tensor, radius: Tensor, norm: Norm) -> Tensor:
