@@ -161,7 +161,7 @@ class CarliniWagner(Attack):
         # In linf, points within tau are all there are, and success at once asks for less.
         state = replace(state, reached=state.reached | now)
         paid, pull = self.penalty(self.perturbation(problem.x, state.w), state.tau)
-        # From zero there is nothing to gain: above zero, its share of `before` is less than it.
+        # An objective of zero has nothing to gain, and is stuck; but 0 > share * 0 would not say so.
         objective = (paid + state.c * (-value).clamp_min(0)).clamp_min(torch.finfo(paid.dtype).tiny)
         look = state.taken % max(1, self.steps // 10) == 0
         stuck = look & (objective > _PROGRESS * state.before)

@@ -227,6 +227,7 @@ def _filled(
     # Only where looking costs nothing: a GPU had better fill by masks than wait to be asked.
     if kept.device.type != "cpu" or 2 * int(large.sum()) > len(large):
         return _filled_by_mask(kept, low, high, window, sign, size)
+    # Large windows count as single entries here, and are filled after.
     small = window._replace(rows=window.rows.masked_fill(large, 1), columns=window.columns.masked_fill(large, 1))
     point, repeated = _filled_by_entry(kept, low, high, small, sign)
     rows = large.nonzero().squeeze(1)
@@ -239,6 +240,7 @@ def _filled(
 def _filled_by_entry(
     kept: Tensor, low: Tensor, high: Tensor, window: windows.Window, sign: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """The same, (B, C, H, W) and (B,) bool, at the cost of the largest window; on a CPU, since that is looked up."""
     places = window.places(kept.shape[3])[:, None].expand(-1, kept.shape[1], -1)
     was, least, most = (part.flatten(2).gather(2, places) for part in (kept, low, high))
     up = sign[:, :, None] > 0
@@ -250,6 +252,7 @@ def _filled_by_entry(
 def _filled_by_mask(
     kept: Tensor, low: Tensor, high: Tensor, window: windows.Window, sign: Tensor, size: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """The same, (B, C, H, W) and (B,) bool, at the cost of whole images, whatever the windows."""
     height, width = kept.shape[2:]
     mask = window.mask(height, width, kept.dtype)
     # Pushed far beyond the face and clamped to it: exact, and faster than to select.
