@@ -19,6 +19,8 @@ itself where none did.
 
 The config file (bash or zsh makes it) lets visdom build, which adv-lib cannot be imported without. A peer that cannot
 be imported is skipped; plain `uv run python benchmarks/attacks.py` measures ours against the floor.
+
+Freed memory is kept, as under the command line (`wideberth.memory`), for everyone; `--give-back` leaves it to glibc.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wideberth as wb
+from wideberth import memory
 
 EPS, STEP_SIZE, CLASSES = 8 / 255, 2 / 255, 10
 
@@ -136,7 +139,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="torch's own choice if not given")
     parser.add_argument("--frozen", action="store_true", help="hand out a model whose parameters want no gradients")
+    parser.add_argument("--give-back", action="store_true", help="leave freed memory to glibc, as a script does")
     options = parser.parse_args()
+    kept = not options.give_back and memory.keep()
     warnings.filterwarnings("ignore")
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -150,6 +155,7 @@ def main() -> None:
 
     cpu = platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu}")
+    print(f"freed memory is {'kept' if kept else 'given back'}")
     weights = "frozen" if options.frozen else "wanting gradients"
     print(f"{type(model).__name__}, weights {weights}, 3x32x32, batch {len(x)}, PGD-{options.steps} linf 8/255")
     crafts: dict[str, Craft] = {

@@ -7,7 +7,8 @@ batch end, so they also pay for radii, noise, projection and logging.
 
 The floor is run on a twin of the network right before and right after the step it is compared with, so that a machine
 that drifts drifts for both. "authors' IAAT" is a plain restatement of the three-attack step of the released code:
-everything in train mode, `backward` also inside the attacks.
+everything in train mode, `backward` also inside the attacks. Freed memory is kept, as under the command line
+(`wideberth.memory`); `--give-back` leaves it to glibc.
 
     uv run python benchmarks/training_step.py
 """
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wideberth as wb
+from wideberth import memory
 from wideberth.training.module import RobustTraining
 from wideberth.training.perturbation import AWP
 
@@ -243,7 +245,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="only variants whose name contains this (and PGD-AT)")
+    parser.add_argument("--give-back", action="store_true", help="leave freed memory to glibc, as a script does")
     options = parser.parse_args()
+    kept = not options.give_back and memory.keep()
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -253,6 +257,7 @@ def main() -> None:
     every = variants(model, x, y, index)
     cpu = platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu}")
+    print(f"freed memory is {'kept' if kept else 'given back'}")
     print(f"PreActResNet-18, 3x32x32, batch {BATCH}, {STEPS} steps, medians of {options.rounds} rounds", flush=True)
     floor = Floor(model, x, y)
     taken: dict[str, list[float]] = {name: [] for name in every if options.only in name or name == "PGD-AT"}

@@ -240,8 +240,7 @@ class APGD(Attack):
             if self.large_eps:
                 delta = torch.where(geometry.column(plan.closing, x), state.best.to(wide) - base, delta)
             return geometry.place(x, delta, problem.eps * plan.next_factor, self.norm, self.box)
-        uphill = geometry.steepest(gradient, self.norm)
-        reached = state.moved(problem, here, stride * uphill, self.norm, self.box)
+        reached = state.moved(problem, here, geometry.steepest(gradient, self.norm) * stride, self.norm, self.box)
         # Nothing to repeat in the first step, which therefore goes all the way.
         repeated = geometry.column(torch.where(plan.opening, 0, _MOMENTUM).to(wide), x)
         move = torch.lerp(reached - here, here - state.previous.to(wide), repeated)

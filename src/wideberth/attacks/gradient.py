@@ -97,14 +97,19 @@ class PGD(Attack):
         return replace(state, point=point)
 
     def uphill(self, problem: Problem, point: Tensor, direction: Tensor) -> Tensor:
-        """The step from `point` that ascends fastest along a direction (B, ...): the gradient, as a rule."""
+        """The step from `point` that ascends fastest along a direction (B, ...): the gradient, as a rule.
+
+        `direction` may be worked on in place, as in all that happens to a point between two looks at the model: of new
+        memory a CPU must first fetch every page.
+        """
         if self.norm == "l1":
             # The one entry that moves must have room: at a face of the box, outward would leave the point where it is.
             low, high = self.box
             direction = direction.masked_fill(torch.where(direction > 0, point >= high, point <= low), 0)
         size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
         stride = geometry.column(geometry.per_sample(size, problem.x), problem.x)
-        return stride * geometry.steepest(direction, self.norm)
+        direction = direction.to(stride.dtype)
+        return (direction.sign_() if self.norm == "linf" else geometry.steepest(direction, self.norm)).mul_(stride)
 
     def remember(self, problem: Problem, state: S, logits: Tensor, value: Tensor, cost: int) -> S:
         """Take account of what a forward at `state.point` said."""

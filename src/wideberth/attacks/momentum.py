@@ -65,7 +65,7 @@ class MIFGSM(PGD):
         logits, value, gradient = input_gradient(model, state.point, ascended, self.draws)
         state = self.remember(problem, state, logits, value, cost=2 * self.draws)
         momentum = self.decay * state.momentum + _unit(gradient.to(problem.eps.dtype))
-        move = self.uphill(problem, state.point, momentum)
+        move = self.uphill(problem, state.point, momentum.clone())
         point = state.moved(problem, state.point, move, self.norm, self.box)
         if self.keep == "first_flip":
             point = geometry.choose(state.broken, state.kept, point)

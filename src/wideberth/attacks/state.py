@@ -172,10 +172,13 @@ class Enclosed(State):
         return cls.at(problem, point, low=faces[0], high=faces[1], **own)
 
     def moved(self, problem: Problem, origin: Tensor, move: Tensor, norm: Norm, box: Box) -> Tensor:
-        """Where `move` leads from `origin` (B, ...), brought back into ball and box, (B, ...)."""
+        """Where `move` leads from `origin` (B, ...), brought back into ball and box, (B, ...).
+
+        `move` may be worked on in place.
+        """
         if self.low is None:
             wide = problem.eps.dtype
-            delta = (origin.to(wide) - problem.x.to(wide)) + move
+            delta = move.add_(origin.to(wide) - problem.x.to(wide))
             return geometry.place(problem.x, delta, problem.eps, norm, box)
         # The faces were rounded towards x: a clamp is enough, at a fifth of the cost of `place`.
-        return (origin + move).to(origin.dtype).clamp_(self.low, self.high)
+        return move.add_(origin).to(origin.dtype).clamp_(self.low, self.high)
