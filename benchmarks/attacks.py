@@ -155,7 +155,7 @@ def main() -> None:
 
     cpu = platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu}")
-    print(f"freed memory is {'kept' if kept else 'given back'}")
+    print("freed memory is kept" if kept else "what becomes of freed memory is left to the C library and its variables")
     weights = "frozen" if options.frozen else "wanting gradients"
     print(f"{type(model).__name__}, weights {weights}, 3x32x32, batch {len(x)}, PGD-{options.steps} linf 8/255")
     crafts: dict[str, Craft] = {

@@ -257,7 +257,7 @@ def main() -> None:
     every = variants(model, x, y, index)
     cpu = platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu}")
-    print(f"freed memory is {'kept' if kept else 'given back'}")
+    print("freed memory is kept" if kept else "what becomes of freed memory is left to the C library and its variables")
     print(f"PreActResNet-18, 3x32x32, batch {BATCH}, {STEPS} steps, medians of {options.rounds} rounds", flush=True)
     floor = Floor(model, x, y)
     taken: dict[str, list[float]] = {name: [] for name in every if options.only in name or name == "PGD-AT"}

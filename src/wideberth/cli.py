@@ -47,10 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"wideberth: error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from wideberth import memory
     from wideberth.checks import InputError
 
-    memory.keep()
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # classes of the user's own, named on the command line, may live here
     try:
@@ -72,5 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def program() -> int:
+    """`main` as a process of its own, whose memory is its own affair."""
+    from wideberth import memory
+
+    memory.keep()
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

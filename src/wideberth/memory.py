@@ -16,20 +16,20 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _TUNED = ("trim_threshold", "top_pad", "mmap_threshold", "mmap_max")
 """What a user may have set: these or one that would take effect beside them."""
 _NEVER = -1
-_LARGEST = 2**30
-"""Bytes of an allocation that still comes from memory that is kept."""
+_LARGEST = (2**30, 2**25)
+"""Bytes up to which a block comes from the memory that is kept; glibc before 2.35 takes no more than the second."""
 _AHEAD = 2**26
-"""Bytes that are asked for beyond those needed, so that growing is rare; untouched, they cost nothing."""
+"""Bytes that are asked for beyond those needed, so that growing is rare; untouched, they take no room."""
 
 
 def keep() -> bool:
-    """Have glibc keep freed memory for the rest of the process; returns whether it does.
+    """Have glibc keep freed memory for the rest of the process; returns whether it took the order.
 
     The command line calls this. A library has no business to: call it yourself, early, in a script of your own that
-    trains or evaluates on a CPU. The process then stays as large as it ever was until it ends.
+    trains or evaluates on a CPU. The process then stays about as large as it ever was until it ends.
 
-    Other allocators are left alone, and so is glibc where the user has told it what to do, by `MALLOC_TOP_PAD_` and
-    its like or by `GLIBC_TUNABLES`.
+    Nothing is said to glibc where the user has told it what to do, by `MALLOC_TOP_PAD_` and its like or by
+    `GLIBC_TUNABLES`; and nothing to other allocators.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     told = any(f"MALLOC_{name.upper()}_" in os.environ or f"glibc.malloc.{name}" in tunables for name in _TUNED)
@@ -38,6 +38,7 @@ def keep() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is None:
         return False
-    settings = ((_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _AHEAD), (_MMAP_THRESHOLD, _LARGEST))
-    accepted = [mallopt(name, value) for name, value in settings]
-    return all(accepted)
+    # This first: without it the other two would do harm, since any of them ends glibc's own adapting.
+    if not any(mallopt(_MMAP_THRESHOLD, size) for size in _LARGEST):
+        return False
+    return bool(mallopt(_TRIM_THRESHOLD, _NEVER)) & bool(mallopt(_TOP_PAD, _AHEAD))

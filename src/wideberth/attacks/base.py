@@ -45,7 +45,7 @@ def input_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One forward and one input gradient: logits (B, K), losses (B,), gradient of each row's own loss (B, ...).
 
-    The gradient is the caller's, to work on in place.
+    The gradient is the caller's own, to work on in place.
 
     Args:
         model: maps x to logits.
@@ -58,7 +58,7 @@ def input_gradient(
         InputError: where the model's output does not depend differentiably on its input.
     """
     point = x.detach().requires_grad_()
-    value = torch.zeros(())
+    value, gradient = torch.zeros(()), torch.zeros(())
     for draw in range(draws):
         with torch.enable_grad():
             logits = model(point)
@@ -68,14 +68,15 @@ def input_gradient(
             if values.shape != x.shape[:1]:
                 came = tuple(values.shape)
                 raise InputError(f"the loss returned shape {came}: must be one loss per sample, ({len(x)},)")
-            # Summed, not averaged: row i of the gradient belongs to sample i alone. Of draws, they add up.
-            torch.autograd.backward(values.sum(), inputs=[point])
+            # Summed, not averaged: row i of the gradient belongs to sample i alone.
+            (found,) = torch.autograd.grad(values.sum(), point, materialize_grads=True)
         value = value + values.detach() if draw else values.detach()
-    gradient = torch.zeros_like(point) if point.grad is None else point.grad
+        gradient = gradient + found if draw else found
     if draws > 1:
         value, gradient = value / draws, gradient / draws
-    # A NaN has no direction; left in, it would spread to the point and end the row's attack.
-    return logits.detach(), value, gradient.nan_to_num_(nan=0.0)
+    # A NaN has no direction; left in, it would spread to the point and end the row's attack. Its removal also makes the
+    # copy that is ours: what autograd returns may be a tensor that the model holds on to.
+    return logits.detach(), value, gradient.nan_to_num(nan=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

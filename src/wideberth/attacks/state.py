@@ -172,10 +172,11 @@ class Enclosed(State):
         return cls.at(problem, point, low=faces[0], high=faces[1], **own)
 
     def moved(self, problem: Problem, origin: Tensor, move: Tensor, norm: Norm, box: Box) -> Tensor:
-        """Where `move` leads from `origin` (B, ...), brought back into ball and box, (B, ...).
+        """Where `move` leads from `origin`, brought back into ball and box.
 
-        `move` may be worked on in place.
+        All are (B, ...); `move` may be worked on in place.
         """
+        move = move.to(torch.promote_types(move.dtype, origin.dtype))
         if self.low is None:
             wide = problem.eps.dtype
             delta = move.add_(origin.to(wide) - problem.x.to(wide))
