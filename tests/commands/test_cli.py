@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
-from wideberth import cli
+from wideberth import cli, memory
 from wideberth.commands.parsing import load_yaml, prepared
 from wideberth.recipes import recipe_names
 from wideberth.runs import Run
@@ -25,6 +27,27 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.filterwarnings("ignore:'wideberth.cli' found in sys.modules")
+@pytest.mark.parametrize("way", ["script", "module"])
+def test_the_program_keeps_its_memory_and_the_function_leaves_it_alone(
+    way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(memory, "keep", lambda: kept.append(True))
+    monkeypatch.setattr(sys, "argv", ["wideberth", "--version"])
+    assert cli.main(["--version"]) == 0
+    assert not kept
+    if way == "script":
+        (script,) = entry_points(group="console_scripts", name="wideberth")
+        assert script.load()() == 0
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module("wideberth.cli", run_name="__main__")
+        assert stopped.value.code == 0
+    assert kept == [True]
+    assert capsys.readouterr().out.count("wideberth ") == 2
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))

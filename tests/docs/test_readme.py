@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import wideberth as wb
+from wideberth import memory
 from wideberth.commands import parsing, train
 from wideberth.recipes import find_recipe
 
@@ -70,6 +71,7 @@ def commands(page: Path) -> list[list[str]]:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current directory with the modules of all pages and the run `runs/mine` that commands speak of."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "keep", lambda: True)  # it could not be undone, and this process has other tests to run
     monkeypatch.syspath_prepend(str(tmp_path))
     own: dict[str, str] = {}
     for page in PAGES:

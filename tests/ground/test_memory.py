@@ -23,13 +23,13 @@ libc.prctl(41, 1, 0, 0, 0)  # no huge pages: what is counted are small ones
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):  # as in a training step, much is held at once and then let go
-    blocks = [libc.malloc(2**23) for _ in range(8)]
+for _ in range(10):  # as in a training step, much is held at once and then let go: far more than is asked for ahead
+    blocks = [libc.malloc(2**23) for _ in range(32)]
     for block in blocks:
         libc.memset(block, 1, 2**23)
     for block in blocks:
         libc.free(block)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**26)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**28)
 """
 
 
