@@ -95,6 +95,14 @@ def _has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
+def _convolves_with_relu() -> bool:
+    """Whether this CPU runs oneDNN's convolutions in bfloat16 that end in a ReLU: where it does not, they raise."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    there = all(hasattr(torch.ops.mkldnn, name) for name in ("_convolution_pointwise", "_is_mkldnn_bf16_supported"))
+    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _take_rectifiers(model: nn.Module, layers: list[str]) -> set[str]:
     """Take the ReLUs that alone follow one of these convolutions out of a traced model; returns which those are."""
     taken: set[str] = set()
@@ -170,8 +178,7 @@ class _Narrow(nn.Module):
         super().__init__()
         self.layer, self.rectified = layer.to(torch.bfloat16), rectified
         self.at_once = rectified and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
-        able = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        self.at_once &= able and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        self.at_once &= _convolves_with_relu()
         if isinstance(layer, nn.Conv2d):
             self.transposed = Transposed(layer)
 
