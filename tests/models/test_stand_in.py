@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wideberth.checks import InputError
 from wideberth.models import MLP, ConvNet, PreActResNet18, stand_in
 from wideberth.models.stand_in import fused, narrowed
 
@@ -43,6 +44,17 @@ def test_same_logits_and_gradients_without_the_batch_norms_after_convolutions(mo
     (gradient,) = torch.autograd.grad(copy(point)[:, 0].sum(), point)
     torch.testing.assert_close(2 * gradient, point.grad, rtol=1e-8, atol=1e-9)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_networks_behind_a_normalisation_are_copied_too() -> None:
+    """Tracing cannot look at shapes, as `Normalize` does to refuse a wrong number of channels."""
+    model = ConvNet(shape=(3, 8, 8), classes=3, width=4, batch_norm=True, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1))
+    model, x = trained(model, (3, 8, 8)).eval().double(), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    copy = fused(model, x)
+    assert copy is not model
+    torch.testing.assert_close(copy(x), model(x))
+    with pytest.raises(InputError, match="3 channels"):
+        copy(x[:, :1])
 
 
 def test_model_is_lent_and_given_back() -> None:
