@@ -99,7 +99,8 @@ def _convolves_with_relu() -> bool:
     """Whether this CPU runs oneDNN's convolutions in bfloat16 that end in a ReLU: where it does not, they raise."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    there = all(hasattr(torch.ops.mkldnn, name) for name in ("_convolution_pointwise", "_is_mkldnn_bf16_supported"))
+    needed = ("_convolution_pointwise", "_reorder_convolution_weight", "_is_mkldnn_bf16_supported")
+    there = all(hasattr(torch.ops.mkldnn, name) for name in needed)
     return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -179,8 +180,15 @@ class _Narrow(nn.Module):
         self.layer, self.rectified = layer.to(torch.bfloat16), rectified
         self.at_once = rectified and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
         self.at_once &= _convolves_with_relu()
+        self.packed: Tensor | None = None
         if isinstance(layer, nn.Conv2d):
             self.transposed = Transposed(layer)
+            self.settings: tuple[Any, ...] = (
+                list(layer.padding),
+                list(layer.stride),
+                list(layer.dilation),
+                layer.groups,
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.answer(x.to(torch.bfloat16))
@@ -196,8 +204,11 @@ class _Narrow(nn.Module):
     def rectify(self, x: Tensor) -> Tensor:
         """Convolution and ReLU at once, of inputs in bfloat16 on a CPU."""
         layer: Any = self.layer
-        settings = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
-        output: Tensor = torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *settings, "relu", [], "")
+        if self.packed is None:  # laid out once as oneDNN wants it, and not again in every call
+            size = list(x.shape)
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *self.settings, size)
+        settings = (*self.settings, "relu", [], "")
+        output: Tensor = torch.ops.mkldnn._convolution_pointwise(x, self.packed, layer.bias, *settings)
         return output
 
 
@@ -216,7 +227,8 @@ class _First(_Narrow):
         self.back, self.axis = back, 1 if isinstance(layer, nn.Conv2d) else -1
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.at_once and self.back is not None and self.back.able and x.device.type == "cpu":
+        able = self.at_once and self.back is not None and self.back.able and x.device.type == "cpu"
+        if able and torch.is_grad_enabled():
             entered: Tensor = _Entered.apply(x, self)
             return entered
         return self.answer(self.halves(x))
