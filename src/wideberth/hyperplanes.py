@@ -82,8 +82,9 @@ def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm, endless: bool) -
 
     `endless` says that some room may be infinite.
 
-    What the row gains is concave and piecewise linear in t, so Newton's method from t = 0 never goes too far, and
-    stands still, exactly right, once it knows which entries have come to the face of the box.
+    What the row gains is concave and piecewise linear in t, so Newton's method never goes too far, and stands still,
+    exactly right, once it knows which entries have come to the face of the box. It begins where a box without faces
+    would end it.
     """
     # An entry without gain has no room either, and counts for nothing.
     corner = room if p == "linf" else room / gain.clamp_min(torch.finfo(gain.dtype).tiny)
@@ -92,8 +93,10 @@ def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm, endless: bool) -
         most.nan_to_num_(nan=0)
     # Only where looking costs nothing: a GPU had better do all rounds for all rows than wait to be asked.
     looking = gain.device.type == "cpu"
-    levels, rows = torch.zeros_like(wanted), torch.arange(len(gain), device=gain.device)
-    level, share, part = levels, torch.empty_like(gain), torch.empty_like(gain)
+    slope = slopes.sum(1, keepdim=True)
+    level = torch.where(slope > 0, wanted / slope, 0)
+    levels, rows = level.clone(), torch.arange(len(gain), device=gain.device)
+    share, part = torch.empty_like(gain), torch.empty_like(gain)
     left = corner
     for _ in range(_ROUNDS):
         # Which entries have come to the face, and which are still on their way, as numbers.
