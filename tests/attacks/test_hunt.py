@@ -204,7 +204,12 @@ ATTACKS: tuple[tuple[type[Attack], dict[str, st.SearchStrategy[Any]]], ...] = (
     ),
     (DeepFool, runs | {"norm": norm, "steps": few, "overshoot": of(0.0, 0.02, 1.0), "candidates": of(1, 2, 10)}),
     (RandomNoise, runs | {"norm": norm, "tries": few, "loss": loss, "keep": of("worst", "first_flip")}),
-    (Square, runs | {"norm": norm, "queries": of(1, 6, 14), "p_init": of(0.05, 0.8, 1.0), "rescaled": of(False, True)}),
+    (
+        Square,
+        runs
+        | {"norm": norm, "queries": of(1, 6, 14), "p_init": of(0.05, 0.8, 1.0), "rescaled": of(False, True)}
+        | {"abreast": of(1, 2, 5)},
+    ),
     (Spatial, runs | {"tries": few, "loss": loss, "translation": of(0.0, 1.0)}),
     (Spatial, runs | {"search": of("grid"), "grid": of((1, 1, 1), (2, 1, 3)), "rotation": of(0.0, 30.0)}),
     (Flow, runs | {"steps": few, "step_size": size, "start": start, "tau": of(0.0, 0.05), "loss": loss}),

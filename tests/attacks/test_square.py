@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wideberth import geometry, losses
 from wideberth.attacks import PGD, Problem, Square, square, windows
+from wideberth.attacks.schedule import Schedule
 from wideberth.attacks.square import _moved, _shortened
 from wideberth.attacks.state import Enclosed, State
 from wideberth.checks import Box, InputError, Norm
@@ -70,7 +71,7 @@ def test_candidates_differ_from_the_incumbent_in_squares_of_the_published_sides(
     """Stripes hold both signs, so that a window shows in all its rows; each row is at its own iteration."""
     attack = Square(rescaled=rescaled)
     given, state = begun(attack, (1, 32, 32), batch=len(expected))
-    state = replace(state, iteration=torch.tensor(list(expected)), age=1000)
+    state = replace(state, asked=torch.tensor(list(expected))[:, None], age=1000)
     state = attack.step(indifferent(1024), given, state)
     rows, columns = extent(state.point != state.kept)
     side = torch.tensor(list(expected.values()))
@@ -148,7 +149,7 @@ def test_linf_points_are_corners_of_ball_and_box_and_no_query_is_wasted(shape: t
 @pytest.mark.parametrize("channels", [1, 3])
 def test_queries_that_would_repeat_the_incumbent_count_without_being_asked(channels: int) -> None:
     """And no others: a window that is turned over for it was all at one face in each channel, and all of it moves."""
-    attack = Square(queries=600)
+    attack = Square(queries=600, abreast=1)
     given, state = begun(attack, (channels, 12, 12), batch=32)
     assert isinstance(state, Enclosed)
     model = indifferent(channels * 144)
@@ -178,7 +179,7 @@ def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(m
         monkeypatch.setattr(square, "_FEW", few)
         given, state = begun(attack, (3, 12, 12), batch=16)
         further = torch.arange(16) % 2 * 150
-        state = replace(state, iteration=further, **attack._drawn(given, further))
+        state = replace(state, asked=further[:, None], **attack._drawn(given, further))
         points = []
         for _ in range(200):
             state = attack.step(model, given, state)
@@ -187,6 +188,60 @@ def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(m
     for points, iteration in searches[1:]:
         assert torch.equal(points, searches[0][0])
         assert torch.equal(iteration, searches[0][1])
+
+
+@each_norm
+@pytest.mark.parametrize("shape", [(3, 12, 12), (1, 9, 9), (7,)], ids=str)
+@pytest.mark.parametrize("batch_size", [10, 60, 130])
+def test_queries_abreast_find_what_they_find_one_after_the_other(
+    norm: Norm, shape: tuple[int, ...], batch_size: int
+) -> None:
+    """Rows wait for their turn or not, the judge takes no first success, and what was asked in vain does not count."""
+    given, _ = begun(Square(), shape, batch=24)
+    eps = torch.linspace(0, {"linf": 0.3, "l2": 2.0, "l1": 10.0}[norm], 24, dtype=torch.float64)
+    hidden = nn.Linear(given.x[0].numel(), 8, dtype=torch.float64)
+    hidden.weight.data, hidden.bias.data = drawn(*hidden.weight.shape, seed=1), drawn(8, seed=2)
+    # Smooth: where a rectifier is off, rounding would decide between two equal values.
+    model = nn.Sequential(nn.Flatten(), hidden, nn.Tanh(), linear(drawn(2, 8, seed=3))[-1])
+    given, asked = replace(given, y=model(given.x).argmax(1), eps=eps), []
+    model.register_forward_hook(lambda *call: asked.append(len(call[-1])))
+    searches = []
+    for abreast in (1, 5):
+        attack = Square(norm=norm, queries=150, rescaled=True, abreast=abreast)
+        schedule = Schedule(model, attack, given, runs=1, batch_size=batch_size)
+        ends: dict[int, State] = {}
+        evaluations, refused = torch.zeros(24), torch.zeros(24, dtype=torch.bool)
+        asked.clear()
+        while schedule.busy:
+            for left in schedule.step():
+                ends |= {row: left.state.rows(torch.tensor([at])) for at, row in enumerate(left.rows.tolist())}
+                held = ~left.state.broken | ~refused[left.rows]
+                refused[left.rows] |= left.state.broken
+                evaluations[left.rows] += schedule.judged(left, held)
+        assert max(asked) <= batch_size
+        searches.append((ends, evaluations, refused, len(asked)))
+    (one, cost, again, often), (other, same, too, seldom) = searches
+    for row in range(24):
+        for name in ("kept", "value", "broken", "survived", "iteration"):
+            torch.testing.assert_close(getattr(one[row], name), getattr(other[row], name), rtol=1e-6, atol=1e-7)
+    assert 0 < again.sum() < 24
+    assert torch.equal(again, too)
+    assert torch.equal(same, cost)
+    assert seldom < often * (1 if batch_size == 10 else 0.8)
+
+
+def test_a_call_asks_one_query_after_the_other() -> None:
+    attack, model = Square(queries=40), linear(drawn(2, 48))
+    given, _ = begun(attack, (3, 4, 4))
+    one, other = (each(model, given.x, given.y, eps=0.02) for each in (attack, replace(attack, abreast=4)))
+    assert torch.equal(one.x, other.x)
+    assert torch.equal(one.evaluations, other.evaluations)
+
+
+@pytest.mark.parametrize("abreast", [0, 33])
+def test_too_many_queries_abreast_are_refused(abreast: int) -> None:
+    with pytest.raises(InputError, match=f"abreast={abreast}"):
+        Square(abreast=abreast)
 
 
 def test_masks_reach_faces_far_out_in_half_precision() -> None:
@@ -392,7 +447,7 @@ def test_a_broken_row_keeps_its_point(norm: Norm) -> None:
 
 @each_norm
 def test_rows_at_different_iterations_share_a_batch(norm: Norm) -> None:
-    attack = Square(norm=norm, queries=30, rescaled=True)
+    attack = Square(norm=norm, queries=30, rescaled=True, abreast=1)
     given, state = begun(attack, (2, 6, 6), batch=6)
     model = linear(drawn(2, 72), torch.tensor([1e4, 0.0]))
     alone = state

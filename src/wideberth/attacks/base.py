@@ -128,6 +128,11 @@ class Attack(ABC):
         No host synchronisation and no data-dependent shapes. `loss` overrides the attack's own.
         """
 
+    def fitted(self, rows: int, batch_size: int) -> Attack:
+        """The same attack, as it is best run on so many rows where the model takes `batch_size` points at a time."""
+        del rows, batch_size
+        return self
+
     def candidate(self, state: State) -> Tensor:
         """What an ended run offers to the judge, (B, ...): `kept`, or a point that was not asked about yet."""
         return state.kept

@@ -93,7 +93,8 @@ class Schedule:
         """
         self._refill()
         going = self.going
-        going.state = self.attack.step(self.model, going.part, going.state)
+        attack = self.attack.fitted(len(going), self.batch_size)
+        going.state = attack.step(self.model, going.part, going.state)
         # A minimum-norm attack that has come within its radius has shown what a verdict asks; without a radius, it
         # looks for the smallest one to the end.
         bounded = torch.isfinite(going.part.eps)

@@ -34,12 +34,17 @@ class _Search(Enclosed):
     """Where a search stands, and what it draws for its next queries: for many at once it costs what for one it does.
 
     Attributes:
+        points: (B, n, ...) where the model is asked next, `point` first: each is a candidate as if those before it had
+            been refused.
+        asked: (B, n) int64, which queries these are; the first is `iteration`.
         draws: (B, n, m) uniform numbers, for n queries from query `since` (B,) on.
         spots: (B, n, 4 or 8) int64: their windows, one in linf and two in the other norms, as `Window` has them.
         since: (B,) int64.
-        age: looks since they were drawn; each takes at most two queries further.
+        age: queries asked since they were drawn; each takes at most two further.
     """
 
+    points: Tensor
+    asked: Tensor
     draws: Tensor
     spots: Tensor
     since: Tensor
@@ -47,7 +52,9 @@ class _Search(Enclosed):
 
     def joined(self, other: Self) -> Self:
         """These rows, and then those of `other`; the older draws say when new ones are due."""
-        return replace(super().joined(other), age=max(self.age, other.age))
+        many = min(self.asked.shape[1], other.asked.shape[1])
+        one, two = (replace(part, points=part.points[:, :many], asked=part.asked[:, :many]) for part in (self, other))
+        return replace(Enclosed.joined(one, two), age=max(self.age, other.age))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +82,17 @@ class Square(Attack):
         p_init: fraction of the input that the first windows cover; it halves after 10, 50, 200, 500, 1000, 2000, 4000,
             6000 and 8000 iterations.
         rescaled: whether that schedule, made for 10,000 queries, shrinks to `queries` (AutoAttack leaves it as it is).
+        abreast: in an evaluation, up to so many queries of a row are asked together while the batch has room for them:
+            a model answers many points faster than a few, and late in a search nearly all candidates are refused. The
+            search is the same. After a candidate that is accepted the others were asked in vain; they do not count,
+            since who else is judged decides how many there are.
         loss: what is ascended; (logits, y) -> (B,).
     """
 
     queries: int = 5000
     p_init: float = 0.8
     rescaled: bool = False
+    abreast: int = 4
     loss: Loss = losses.margin_loss
 
     needs_gradient: ClassVar[bool] = False
@@ -90,6 +102,9 @@ class Square(Attack):
         super().__post_init__()
         checks.at_least("queries", self.queries, 1)
         checks.at_least("p_init", self.p_init, 0)
+        checks.at_least("abreast", self.abreast, 1)
+        if 2 * self.abreast > _DRAWN:
+            raise checks.InputError(f"abreast={self.abreast}: must be at most {_DRAWN // 2}")
         if self.p_init > 1:
             raise checks.InputError(f"p_init={self.p_init}: must be a fraction of the input, at most 1")
 
@@ -116,35 +131,66 @@ class Square(Attack):
         return self._begun(problem, geometry.place(x, delta, eps, self.norm, self.box))
 
     def _begun(self, problem: Problem, point: Tensor, **faces: Tensor) -> _Search:
-        return _Search.at(problem, point, **self._drawn(problem, torch.zeros_like(problem.y)), **faces)
+        first = torch.zeros_like(problem.y)
+        drawn = self._drawn(problem, first)
+        return _Search.at(problem, point, points=point[:, None], asked=first[:, None], **drawn, **faces)
+
+    def fitted(self, rows: int, batch_size: int) -> Square:
+        """With as many queries abreast as there is room for."""
+        abreast = max(1, min(self.abreast, batch_size // rows))
+        return self if abreast == self.abreast else replace(self, abreast=abreast)
+
+    def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
+        """One run of all rows, which stay together: their queries go one after the other."""
+        attack = self if self.abreast == 1 else replace(self, abreast=1)
+        return Attack.run(attack, model, problem, loss=loss, judge=judge)
 
     def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
-        """One forward at `state.point`, then a candidate that differs from the incumbent in a window."""
+        """One forward at `state.points`, then candidates that differ from the incumbent in a window each."""
         assert isinstance(state, _Search)
         with torch.no_grad():
-            logits = model(state.point)
-            value = problem.loss(self.loss if loss is None else loss)(logits).to(state.value.dtype)
-            now = problem.achieved(logits)
-            iteration = state.iteration
+            logits = model(state.points.flatten(0, 1)).unflatten(0, state.asked.shape).unbind(1)
+            ascended = problem.loss(self.loss if loss is None else loss)
+            values = torch.stack([ascended(each) for each in logits], 1).to(state.value.dtype)
+            now = torch.stack([problem.achieved(each) for each in logits], 1)
             # Rows of a batch come to their last query at different times.
-            searching = ~state.broken & (iteration < self.queries)
-            better = searching & (now | (value > state.value))
+            searching = ~state.broken[:, None] & (state.asked < self.queries)
+            better = searching & (now | (values > state.value[:, None]))
+            accepted = better.any(1)
+            # What was asked beyond the first that is accepted was asked about an incumbent that is none any more.
+            first, count = better.to(torch.int8).argmax(1), searching.sum(1).clamp_min(1)
+            last = torch.where(accepted, first, count - 1)[:, None]
+            won = accepted & now.gather(1, last).squeeze(1)
+            iteration = state.asked.gather(1, last).squeeze(1)
+            survived = torch.where(won, iteration, state.survived)
             state = replace(
                 state,
-                kept=geometry.choose(better, state.point, state.kept),
-                value=torch.where(better, value, state.value),
-                broken=state.broken | (searching & now),
-                spent=state.spent + 1,
+                kept=_adopted(accepted, state.points, last, state.kept),
+                value=torch.where(accepted, values.gather(1, last).squeeze(1), state.value),
+                broken=state.broken | won,
+                spent=state.spent + last.squeeze(1) + 1,
             )
-            if 2 * state.age >= _DRAWN:
+            if 2 * (state.age + self.abreast) > _DRAWN:
                 state = replace(state, **self._drawn(problem, iteration), age=0)
-            point, saved = self._candidate(problem, state, iteration)
-            iteration = iteration + 1 + torch.where(state.broken, 0, saved)
-            survived = torch.where(searching & ~now, iteration.clamp_max(self.queries), state.survived)
-            return replace(state, point=point, iteration=iteration, survived=survived, age=state.age + 1)
+            points, asked = self._candidates(problem, state, iteration)
+            survived = torch.where(searching[:, 0] & ~won, asked[:, 0].clamp_max(self.queries), survived)
+            state = replace(state, points=points, asked=asked, age=state.age + self.abreast)
+            return replace(state, point=points[:, 0], iteration=asked[:, 0], survived=survived)
 
-    def _candidate(self, problem: Problem, state: _Search, iteration: Tensor) -> tuple[Tensor, Tensor]:
-        """The next point to ask about, (B, ...), and how many queries (B,) need not be asked before it."""
+    def _candidates(self, problem: Problem, state: _Search, iteration: Tensor) -> tuple[Tensor, Tensor]:
+        """The next points to ask about after queries (B,), (B, n, ...), and which queries they are, (B, n)."""
+        kept = windows.image(state.kept)
+        points = kept.new_empty(len(kept), self.abreast, *kept.shape[1:])
+        at: list[Tensor] = []
+        for point in points.unbind(1):
+            saved = self._candidate(problem, state, iteration, point)
+            # A row that was just broken stands at its next query, and goes on from there if the judge does not agree.
+            iteration = iteration + 1 + (saved if at else torch.where(state.broken, 0, saved))
+            at.append(iteration)
+        return points.view(len(kept), self.abreast, *problem.x.shape[1:]), torch.stack(at, 1)
+
+    def _candidate(self, problem: Problem, state: _Search, iteration: Tensor, point: Tensor) -> Tensor:
+        """Write the candidate after queries (B,) to `point` (B, C, H, W); returns how many (B,) it saves before it."""
         kept, wide = windows.image(state.kept), problem.eps.dtype
         height, width = kept.shape[2:]
         here = torch.arange(len(iteration), device=iteration.device), iteration - state.since
@@ -152,8 +198,7 @@ class Square(Attack):
         sign, window = 1 - 2 * (draws[:, 7:] < 0.5).to(wide), windows.Window(*spots[:4])
         if state.low is not None and state.high is not None:
             low, high = windows.image(state.low), windows.image(state.high)
-            point, repeated = _filled(kept, low, high, window, sign, self._size(problem))
-            return point.view_as(problem.x), repeated.to(iteration.dtype)
+            return _fill(point, kept, low, high, window, sign, self._size(problem)).to(iteration.dtype)
         plan, other = self._plan(problem), windows.Window(*spots[4:])
         bump = plan.bump(self._stage(plan, iteration), (draws[:, 4] < 0.5).to(torch.int64), window, height, width)
         one, two = window.mask(height, width, wide), other.mask(height, width, wide)
@@ -169,7 +214,8 @@ class Square(Attack):
         grain = _column(self._size(problem)) * (torch.finfo(kept.dtype).eps / 2)
         least = torch.minimum(delta, grain)
         delta.sub_(torch.maximum(least, -grain, out=least))
-        return delta.add_(base).to(kept.dtype).clamp_(*self.box).view_as(problem.x), torch.zeros_like(iteration)
+        point.copy_(delta.add_(base).to(kept.dtype).clamp_(*self.box))
+        return torch.zeros_like(iteration)
 
     def _drawn(self, problem: Problem, since: Tensor) -> dict[str, Tensor]:
         """What each row draws for its queries from `since` (B,) on, as `_Search` keeps it.
@@ -216,58 +262,75 @@ def _column(value: Tensor) -> Tensor:
     return value.view(len(value), -1, 1, 1)
 
 
-def _filled(
-    kept: Tensor, low: Tensor, high: Tensor, window: windows.Window, sign: Tensor, size: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`kept` (B, C, H, W) with each channel's window at the face that its sign (B, C) names.
+def _adopted(new: Tensor, points: Tensor, which: Tensor, kept: Tensor) -> Tensor:
+    """Rows of `points` (B, n, ...), the one that `which` (B, 1) names, where `new` (B,), and of `kept` elsewhere."""
+    if new.device.type != "cpu":
+        each = torch.arange(len(new), device=new.device)
+        return torch.where(geometry.column(new, kept), points[each, which.squeeze(1)], kept)
+    rows = new.nonzero().squeeze(1)  # where looking costs nothing: few are new, late in a search
+    return kept.index_copy(0, rows, points[rows, which.squeeze(1)[rows]]) if len(rows) else kept
 
-    Also returned is where that is `kept` itself, (B,) bool: there the window is turned over, to the other faces.
+
+def _fill(
+    point: Tensor, kept: Tensor, low: Tensor, high: Tensor, window: windows.Window, sign: Tensor, size: Tensor
+) -> Tensor:
+    """Write `kept` (B, C, H, W) with each channel's window at the face that its sign (B, C) names to `point`.
+
+    Returned is where that is `kept` itself, (B,) bool: there the window is turned over, to the other faces.
     """
-    large = window.rows * window.columns > _FEW * kept[0, 0].numel()
+    few = _FEW * kept[0, 0].numel()
     # Only where looking costs nothing: a GPU had better fill by masks than wait to be asked.
-    if kept.device.type != "cpu" or 2 * int(large.sum()) > len(large):
-        return _filled_by_mask(kept, low, high, window, sign, size)
-    # Large windows count as single entries here, and are filled after.
+    if kept.device.type != "cpu":
+        return _fill_by_mask(point, kept, low, high, window, sign, size)
+    area = window.rows * window.columns
+    if int(area.max()) <= few:
+        return _fill_by_entry(point, kept, low, high, window, sign)
+    large = area > few
+    if 2 * int(large.sum()) > len(large):
+        return _fill_by_mask(point, kept, low, high, window, sign, size)
+    # The large ones, of rows that began later than most, count as single entries here and are filled after.
     small = window._replace(rows=window.rows.masked_fill(large, 1), columns=window.columns.masked_fill(large, 1))
-    point, repeated = _filled_by_entry(kept, low, high, small, sign)
+    repeated = _fill_by_entry(point, kept, low, high, small, sign)
     rows = large.nonzero().squeeze(1)
-    if len(rows):  # those that began later than most
-        there = windows.Window(*(part[rows] for part in window))
-        point[rows], repeated[rows] = _filled_by_mask(kept[rows], low[rows], high[rows], there, sign[rows], size[rows])
-    return point, repeated
+    there, some = windows.Window(*(part[rows] for part in window)), point[rows]
+    repeated[rows] = _fill_by_mask(some, kept[rows], low[rows], high[rows], there, sign[rows], size[rows])
+    point[rows] = some
+    return repeated
 
 
-def _filled_by_entry(
-    kept: Tensor, low: Tensor, high: Tensor, window: windows.Window, sign: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same, (B, C, H, W) and (B,) bool, at the cost of the largest window; on a CPU, since that is looked up."""
+def _fill_by_entry(
+    point: Tensor, kept: Tensor, low: Tensor, high: Tensor, window: windows.Window, sign: Tensor
+) -> Tensor:
+    """The same at the cost of the largest window; on a CPU, since that is looked up."""
     places = window.places(kept.shape[3])[:, None].expand(-1, kept.shape[1], -1)
     was, least, most = (part.flatten(2).gather(2, places) for part in (kept, low, high))
     up = sign[:, :, None] > 0
     repeated = (torch.where(up, most, least) == was).flatten(1).all(1)
     turned = torch.where(up != repeated[:, None, None], most, least)
-    return kept.flatten(2).scatter(2, places, turned).view_as(kept), repeated
+    point.copy_(kept).flatten(2).scatter_(2, places, turned)
+    return repeated
 
 
-def _filled_by_mask(
-    kept: Tensor, low: Tensor, high: Tensor, window: windows.Window, sign: Tensor, size: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same, (B, C, H, W) and (B,) bool, at the cost of whole images, whatever the windows."""
+def _fill_by_mask(
+    point: Tensor, kept: Tensor, low: Tensor, high: Tensor, window: windows.Window, sign: Tensor, size: Tensor
+) -> Tensor:
+    """The same at the cost of whole images, whatever the windows."""
     height, width = kept.shape[2:]
     mask = window.mask(height, width, kept.dtype)
     # Pushed far beyond the face and clamped to it: exact, and faster than to select.
     most = torch.finfo(kept.dtype).max
     push = _column((4 * size[:, None] * sign).clamp(-most, most)).to(kept.dtype)
-    point = torch.addcmul(kept, push, mask).clamp_(low, high)
+    torch.addcmul(kept, push, mask, out=point).clamp_(low, high)
     # Differences, not bools: those would not run in vectors.
     repeated = (point - kept).abs_().flatten(1).amax(1) == 0
     if kept.device.type != "cpu":
         push = push * _column(1 - 2 * repeated.to(push.dtype))
-        return torch.addcmul(kept, push, mask).clamp_(low, high), repeated
+        torch.addcmul(kept, push, mask, out=point).clamp_(low, high)
+        return repeated
     rows = repeated.nonzero().squeeze(1)
     if len(rows):
         point[rows] = torch.addcmul(kept[rows], -push[rows], mask[rows]).clamp_(low[rows], high[rows])
-    return point, repeated
+    return repeated
 
 
 def _moved(delta: Tensor, one: Tensor, two: Tensor, bump: Tensor, sign: Tensor, radius: Tensor, norm: Norm) -> Tensor:
