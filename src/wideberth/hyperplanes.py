@@ -16,7 +16,7 @@ from torch import Tensor
 from wideberth.checks import Box, Norm
 
 _ROUNDS = 32
-"""Of Newton's method. Each divides (what is missing) x (slope) by at least 4; as a rule 4 rounds are exact."""
+"""Of Newton's method. Each divides (what is missing) x (slope) by at least 4; as a rule 3 rounds are exact."""
 
 
 def shortest_step(x: Tensor, normal: Tensor, rise: Tensor, p: Norm, box: Box) -> Tensor:
@@ -95,7 +95,7 @@ def _level(gain: Tensor, room: Tensor, wanted: Tensor, p: Norm, endless: bool) -
     looking = gain.device.type == "cpu"
     slope = slopes.sum(1, keepdim=True)
     level = torch.where(slope > 0, wanted / slope, 0)
-    levels, rows = level.clone(), torch.arange(len(gain), device=gain.device)
+    levels, rows = level, torch.arange(len(gain), device=gain.device)
     share, part = torch.empty_like(gain), torch.empty_like(gain)
     left = corner
     for _ in range(_ROUNDS):

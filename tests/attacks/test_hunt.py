@@ -208,7 +208,7 @@ ATTACKS: tuple[tuple[type[Attack], dict[str, st.SearchStrategy[Any]]], ...] = (
         Square,
         runs
         | {"norm": norm, "queries": of(1, 6, 14), "p_init": of(0.05, 0.8, 1.0), "rescaled": of(False, True)}
-        | {"abreast": of(1, 2, 5)},
+        | {"ahead": of(1, 2, 5)},
     ),
     (Spatial, runs | {"tries": few, "loss": loss, "translation": of(0.0, 1.0)}),
     (Spatial, runs | {"search": of("grid"), "grid": of((1, 1, 1), (2, 1, 3)), "rotation": of(0.0, 30.0)}),

@@ -108,7 +108,7 @@ def test_every_position_is_drawn_and_as_often(dtype: torch.dtype) -> None:
 @each_shape
 def test_every_channel_may_change_but_only_inside_the_windows(norm: Norm, shape: tuple[int, ...]) -> None:
     """linf leaves everything outside one window; l2 and l1 empty a second one, and may rescale the rest."""
-    attack = Square(norm=norm, queries=60, rescaled=True)
+    attack = Square(norm=norm, queries=60, rescaled=True, ahead=1)
     given, state = begun(attack, shape, batch=24, eps=0.2)
     model, seen = indifferent(given.x[0].numel()), torch.zeros_like(given.x, dtype=torch.bool)
     for iteration in range(40):
@@ -134,14 +134,15 @@ def stage_of(iteration: int, queries: int) -> Tensor:
 
 @each_shape
 def test_linf_points_are_corners_of_ball_and_box_and_no_query_is_wasted(shape: tuple[int, ...]) -> None:
-    attack = Square(queries=50, rescaled=True)
+    attack = Square(queries=50, rescaled=True, ahead=2)
     given, state = begun(attack, shape)
     assert isinstance(state, Enclosed)
+    low, high = state.low[:, None], state.high[:, None]
     model = linear(drawn(2, given.x[0].numel()))
-    for _ in range(50):
-        assert ((state.point == state.low) | (state.point == state.high)).all()
+    for _ in range(25):
+        assert ((state.points == low) | (state.points == high)).all()
         state = attack.step(model, given, state)
-        assert (state.point != state.kept).flatten(1).any(1).all()
+        assert (state.points != state.kept[:, None]).flatten(2).any(2).all()
     torch.testing.assert_close(state.high, (given.x + 0.1).clamp(0, 1), rtol=0, atol=1e-15)
     torch.testing.assert_close(state.low, (given.x - 0.1).clamp(0, 1), rtol=0, atol=1e-15)
 
@@ -149,7 +150,7 @@ def test_linf_points_are_corners_of_ball_and_box_and_no_query_is_wasted(shape: t
 @pytest.mark.parametrize("channels", [1, 3])
 def test_queries_that_would_repeat_the_incumbent_count_without_being_asked(channels: int) -> None:
     """And no others: a window that is turned over for it was all at one face in each channel, and all of it moves."""
-    attack = Square(queries=600, abreast=1)
+    attack = Square(queries=600, ahead=1)
     given, state = begun(attack, (channels, 12, 12), batch=32)
     assert isinstance(state, Enclosed)
     model = indifferent(channels * 144)
@@ -174,7 +175,7 @@ def test_queries_that_would_repeat_the_incumbent_count_without_being_asked(chann
 
 def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose windows differ in size share a batch: half of them are 150 queries further."""
-    attack, model, searches = Square(queries=400, rescaled=True), linear(drawn(2, 432)), []
+    attack, model, searches = Square(queries=400, rescaled=True, ahead=1), linear(drawn(2, 432)), []
     for few in (0, 1 / 16, 1):  # none of them, those that are small, and all
         monkeypatch.setattr(square, "_FEW", few)
         given, state = begun(attack, (3, 12, 12), batch=16)
@@ -193,7 +194,7 @@ def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(m
 @each_norm
 @pytest.mark.parametrize("shape", [(3, 12, 12), (1, 9, 9), (7,)], ids=str)
 @pytest.mark.parametrize("batch_size", [10, 60, 130])
-def test_queries_abreast_find_what_they_find_one_after_the_other(
+def test_queries_at_once_find_what_they_find_one_after_the_other(
     norm: Norm, shape: tuple[int, ...], batch_size: int
 ) -> None:
     """Rows wait for their turn or not, the judge takes no first success, and what was asked in vain does not count."""
@@ -206,8 +207,8 @@ def test_queries_abreast_find_what_they_find_one_after_the_other(
     given, asked = replace(given, y=model(given.x).argmax(1), eps=eps), []
     model.register_forward_hook(lambda *call: asked.append(len(call[-1])))
     searches = []
-    for abreast in (1, 5):
-        attack = Square(norm=norm, queries=150, rescaled=True, abreast=abreast)
+    for ahead in (1, 5):
+        attack = Square(norm=norm, queries=150, rescaled=True, ahead=ahead)
         schedule = Schedule(model, attack, given, runs=1, batch_size=batch_size)
         ends: dict[int, State] = {}
         evaluations, refused = torch.zeros(24), torch.zeros(24, dtype=torch.bool)
@@ -231,17 +232,17 @@ def test_queries_abreast_find_what_they_find_one_after_the_other(
 
 
 def test_a_call_asks_one_query_after_the_other() -> None:
-    attack, model = Square(queries=40), linear(drawn(2, 48))
+    attack, model, asked = Square(queries=40, ahead=4), linear(drawn(2, 48)), []
     given, _ = begun(attack, (3, 4, 4))
-    one, other = (each(model, given.x, given.y, eps=0.02) for each in (attack, replace(attack, abreast=4)))
-    assert torch.equal(one.x, other.x)
-    assert torch.equal(one.evaluations, other.evaluations)
+    model.register_forward_hook(lambda *call: asked.append(len(call[-1])))
+    assert (attack(model, given.x, given.y, eps=0.02).evaluations == 40).all()
+    assert asked == [1] + 40 * [8]
 
 
-@pytest.mark.parametrize("abreast", [0, 33])
-def test_too_many_queries_abreast_are_refused(abreast: int) -> None:
-    with pytest.raises(InputError, match=f"abreast={abreast}"):
-        Square(abreast=abreast)
+@pytest.mark.parametrize("ahead", [0, 33])
+def test_too_many_queries_ahead_are_refused(ahead: int) -> None:
+    with pytest.raises(InputError, match=f"ahead={ahead}"):
+        Square(ahead=ahead)
 
 
 def test_masks_reach_faces_far_out_in_half_precision() -> None:
@@ -417,7 +418,7 @@ def test_needs_no_gradient_and_builds_no_graph() -> None:
 
 @each_norm
 def test_more_queries_never_lower_the_loss_of_the_incumbent(norm: Norm) -> None:
-    attack = Square(norm=norm, queries=60, rescaled=True)
+    attack = Square(norm=norm, queries=60, rescaled=True, ahead=1)
     given, state = begun(attack, (3, 8, 8))
     model = linear(drawn(2, 192), torch.tensor([1e4, 0.0]))
     values = []
@@ -432,7 +433,7 @@ def test_more_queries_never_lower_the_loss_of_the_incumbent(norm: Norm) -> None:
 
 @each_norm
 def test_a_broken_row_keeps_its_point(norm: Norm) -> None:
-    attack = Square(norm=norm, queries=80, rescaled=True)
+    attack = Square(norm=norm, queries=80, rescaled=True, ahead=1)
     x = torch.rand(20, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = linear(drawn(3, 36))
     given = problem(x, predicted(model, x).argmax(1), {"linf": 0.2, "l2": 0.8, "l1": 3.0}[norm])
@@ -447,7 +448,7 @@ def test_a_broken_row_keeps_its_point(norm: Norm) -> None:
 
 @each_norm
 def test_rows_at_different_iterations_share_a_batch(norm: Norm) -> None:
-    attack = Square(norm=norm, queries=30, rescaled=True, abreast=1)
+    attack = Square(norm=norm, queries=30, rescaled=True, ahead=1)
     given, state = begun(attack, (2, 6, 6), batch=6)
     model = linear(drawn(2, 72), torch.tensor([1e4, 0.0]))
     alone = state
@@ -473,17 +474,17 @@ def test_rows_at_different_iterations_share_a_batch(norm: Norm) -> None:
 @pytest.mark.parametrize("eps", [1e-4, 0.3, 1e4])
 def test_every_query_lies_in_ball_and_box(norm: Norm, dtype: torch.dtype, box: Box, eps: float) -> None:
     """Not only what is returned: any candidate may become it."""
-    attack = Square(norm=norm, box=box, queries=40, rescaled=True)
+    attack = Square(norm=norm, box=box, queries=40, rescaled=True, ahead=3)
     low, high = (0.0, 1.0) if box[0] == float("-inf") else box
     x = torch.rand(6, 3, 7, 7, generator=torch.Generator().manual_seed(0))
     x = (low + (high - low) * x).to(dtype).clamp(*box)
     given = problem(x, torch.zeros(6, dtype=torch.int64), eps)
     model = linear(drawn(2, 147).to(dtype), torch.tensor([1e6, 0.0]))
     state = attack.begin(given)
-    for _ in range(40):
-        distance = (state.point.double() - x.double()).flatten(1).norm(p=ORDER[norm], dim=1)
-        assert (distance <= given.eps.double() * (1 + 1e-6)).all()
-        assert torch.equal(state.point, state.point.clamp(*box))
+    for _ in range(20):
+        distance = (state.points.double() - x.double()[:, None]).flatten(2).norm(p=ORDER[norm], dim=2)
+        assert (distance <= given.eps.double()[:, None] * (1 + 1e-6)).all()
+        assert torch.equal(state.points, state.points.clamp(*box))
         state = attack.step(model, given, state)
 
 

@@ -98,7 +98,7 @@ def test_linear_model_has_its_exact_robust_accuracy(norm: Norm) -> None:
 def test_named_suite_breaks_what_can_be_broken(model: nn.Sequential, samples: tuple[Tensor, Tensor]) -> None:
     found = evaluate(model, samples, eps=0.1)
     assert found.protocol["suite"] == "fast"
-    assert [stage["name"] for stage in found.protocol["attacks"]] == ["PMA", "PMA diverse", "Square"]
+    assert [stage["name"] for stage in found.protocol["attacks"]] == ["PMA", "PMA diverse", "APGD margin", "Square"]
     assert 0 < found.robust_accuracy < found.clean_accuracy == 0.9
 
 

@@ -125,11 +125,16 @@ class Attack(ABC):
     def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
         """Ask the model about `state.point`, take account of the answer, and choose the point to ask about next.
 
+        Or several points of a row, where that finds the same for the same cost.
+
         No host synchronisation and no data-dependent shapes. `loss` overrides the attack's own.
         """
 
     def fitted(self, rows: int, batch_size: int) -> Attack:
-        """The same attack, as it is best run on so many rows where the model takes `batch_size` points at a time."""
+        """The same attack, as its next step is best done on so many rows where the model takes `batch_size` points.
+
+        What it finds, and what counts as its cost, must not depend on that; the states of both are of one kind.
+        """
         del rows, batch_size
         return self
 

@@ -34,9 +34,9 @@ class _Search(Enclosed):
     """Where a search stands, and what it draws for its next queries: for many at once it costs what for one it does.
 
     Attributes:
-        points: (B, n, ...) where the model is asked next, `point` first: each is a candidate as if those before it had
-            been refused.
-        asked: (B, n) int64, which queries these are; the first is `iteration`.
+        points: (B, n, ...) where the model is asked next, each a candidate as if those before it had been refused;
+            `point` is the first of them.
+        asked: (B, n) int64, which queries these are; `iteration` is the first of them.
         draws: (B, n, m) uniform numbers, for n queries from query `since` (B,) on.
         spots: (B, n, 4 or 8) int64: their windows, one in linf and two in the other norms, as `Window` has them.
         since: (B,) int64.
@@ -82,17 +82,17 @@ class Square(Attack):
         p_init: fraction of the input that the first windows cover; it halves after 10, 50, 200, 500, 1000, 2000, 4000,
             6000 and 8000 iterations.
         rescaled: whether that schedule, made for 10,000 queries, shrinks to `queries` (AutoAttack leaves it as it is).
-        abreast: in an evaluation, up to so many queries of a row are asked together while the batch has room for them:
-            a model answers many points faster than a few, and late in a search nearly all candidates are refused. The
-            search is the same. After a candidate that is accepted the others were asked in vain; they do not count,
-            since who else is judged decides how many there are.
+        ahead: in an evaluation, up to so many queries of a row are asked together while the batch has room for them: a
+            model answers many points faster than a few, and late in a search nearly all candidates are refused. The
+            search is the same, up to rounding. What was asked beyond a candidate that is accepted was asked in vain; it
+            does not count, since who else is judged decides how much that is.
         loss: what is ascended; (logits, y) -> (B,).
     """
 
     queries: int = 5000
     p_init: float = 0.8
     rescaled: bool = False
-    abreast: int = 4
+    ahead: int = 4
     loss: Loss = losses.margin_loss
 
     needs_gradient: ClassVar[bool] = False
@@ -102,9 +102,9 @@ class Square(Attack):
         super().__post_init__()
         checks.at_least("queries", self.queries, 1)
         checks.at_least("p_init", self.p_init, 0)
-        checks.at_least("abreast", self.abreast, 1)
-        if 2 * self.abreast > _DRAWN:
-            raise checks.InputError(f"abreast={self.abreast}: must be at most {_DRAWN // 2}")
+        checks.at_least("ahead", self.ahead, 1)
+        if 2 * self.ahead > _DRAWN:
+            raise checks.InputError(f"ahead={self.ahead}: must be at most {_DRAWN // 2}")
         if self.p_init > 1:
             raise checks.InputError(f"p_init={self.p_init}: must be a fraction of the input, at most 1")
 
@@ -131,18 +131,18 @@ class Square(Attack):
         return self._begun(problem, geometry.place(x, delta, eps, self.norm, self.box))
 
     def _begun(self, problem: Problem, point: Tensor, **faces: Tensor) -> _Search:
-        first = torch.zeros_like(problem.y)
+        first = torch.zeros_like(problem.y, dtype=torch.int64)
         drawn = self._drawn(problem, first)
         return _Search.at(problem, point, points=point[:, None], asked=first[:, None], **drawn, **faces)
 
     def fitted(self, rows: int, batch_size: int) -> Square:
-        """With as many queries abreast as there is room for."""
-        abreast = max(1, min(self.abreast, batch_size // rows))
-        return self if abreast == self.abreast else replace(self, abreast=abreast)
+        """With as many queries at once as there is room for."""
+        ahead = max(1, min(self.ahead, batch_size // rows))
+        return self if ahead == self.ahead else replace(self, ahead=ahead)
 
     def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
         """One run of all rows, which stay together: their queries go one after the other."""
-        attack = self if self.abreast == 1 else replace(self, abreast=1)
+        attack = self if self.ahead == 1 else replace(self, ahead=1)
         return Attack.run(attack, model, problem, loss=loss, judge=judge)
 
     def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
@@ -170,24 +170,24 @@ class Square(Attack):
                 broken=state.broken | won,
                 spent=state.spent + last.squeeze(1) + 1,
             )
-            if 2 * (state.age + self.abreast) > _DRAWN:
+            if 2 * (state.age + self.ahead) > _DRAWN:
                 state = replace(state, **self._drawn(problem, iteration), age=0)
             points, asked = self._candidates(problem, state, iteration)
             survived = torch.where(searching[:, 0] & ~won, asked[:, 0].clamp_max(self.queries), survived)
-            state = replace(state, points=points, asked=asked, age=state.age + self.abreast)
+            state = replace(state, points=points, asked=asked, age=state.age + self.ahead)
             return replace(state, point=points[:, 0], iteration=asked[:, 0], survived=survived)
 
     def _candidates(self, problem: Problem, state: _Search, iteration: Tensor) -> tuple[Tensor, Tensor]:
         """The next points to ask about after queries (B,), (B, n, ...), and which queries they are, (B, n)."""
         kept = windows.image(state.kept)
-        points = kept.new_empty(len(kept), self.abreast, *kept.shape[1:])
+        points = kept.new_empty(len(kept), self.ahead, *kept.shape[1:])
         at: list[Tensor] = []
         for point in points.unbind(1):
             saved = self._candidate(problem, state, iteration, point)
             # A row that was just broken stands at its next query, and goes on from there if the judge does not agree.
             iteration = iteration + 1 + (saved if at else torch.where(state.broken, 0, saved))
             at.append(iteration)
-        return points.view(len(kept), self.abreast, *problem.x.shape[1:]), torch.stack(at, 1)
+        return points.view(len(kept), self.ahead, *problem.x.shape[1:]), torch.stack(at, 1)
 
     def _candidate(self, problem: Problem, state: _Search, iteration: Tensor, point: Tensor) -> Tensor:
         """Write the candidate after queries (B,) to `point` (B, C, H, W); returns how many (B,) it saves before it."""
@@ -263,7 +263,10 @@ def _column(value: Tensor) -> Tensor:
 
 
 def _adopted(new: Tensor, points: Tensor, which: Tensor, kept: Tensor) -> Tensor:
-    """Rows of `points` (B, n, ...), the one that `which` (B, 1) names, where `new` (B,), and of `kept` elsewhere."""
+    """Rows of `points` (B, n, ...), the one that `which` (B, 1) names, where `new` (B,), and of `kept` elsewhere.
+
+    It may be `kept` itself: not to be changed in place.
+    """
     if new.device.type != "cpu":
         each = torch.arange(len(new), device=new.device)
         return torch.where(geometry.column(new, kept), points[each, which.squeeze(1)], kept)
@@ -307,7 +310,7 @@ def _fill_by_entry(
     up = sign[:, :, None] > 0
     repeated = (torch.where(up, most, least) == was).flatten(1).all(1)
     turned = torch.where(up != repeated[:, None, None], most, least)
-    point.copy_(kept).flatten(2).scatter_(2, places, turned)
+    point.copy_(kept).view(*kept.shape[:2], -1).scatter_(2, places, turned)
     return repeated
 
 

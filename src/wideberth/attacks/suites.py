@@ -126,7 +126,8 @@ def fast(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
     """Nearly the verdict of `standard` for a small part of its cost.
 
     Ascent on the probability margin breaks most of what can be broken; runs led elsewhere by random directions of the
-    logits are spent on samples that it brought near a mistake, and Square, which needs no gradient, on the nearest.
+    logits are spent on samples that it brought near a mistake, longer ones by APGD on the nearest, and Square, which
+    needs no gradient, on these too.
     """
     del classes
     if norm == "l1":  # steepest steps move one entry at a time; APGD spreads them
@@ -140,6 +141,9 @@ def fast(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
     return {
         "PMA": Stage(PMA(norm=norm, box=box, steps=20, diverse=0), precision="bfloat16"),
         "PMA diverse": Stage(PMA(norm=norm, box=box, steps=20, diverse=5, restarts=8), near=-0.9, precision="bfloat16"),
+        "APGD margin": Stage(
+            APGD(norm=norm, box=box, restarts=3, loss=losses.margin_loss), near=-0.12, precision="bfloat16", abreast=3
+        ),
         "Square": Stage(Square(norm=norm, box=box, queries=1000), near=-0.3, precision="bfloat16"),
     }
 

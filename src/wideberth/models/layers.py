@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
 from wideberth.checks import InputError, at_least
@@ -55,23 +54,15 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.get_default_dtype()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalized(x, self.mean, self.std)
+        channels = len(self.mean)
+        # Broadcasting would quietly turn a grey image into three channels. Tracing comes with what has no shape yet.
+        if isinstance(x, Tensor) and channels not in (1, x.shape[1]):
+            raise InputError(f"inputs of shape {tuple(x.shape)}: the model normalises {channels} channels")
+        per_channel = (1, channels) + (1,) * (x.dim() - 2)
+        return (x - self.mean.to(x.dtype).view(per_channel)) / self.std.to(x.dtype).view(per_channel)
 
     def extra_repr(self) -> str:
         return f"mean={tuple(self.mean.tolist())}, std={tuple(self.std.tolist())}"
-
-
-def normalized(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """What `Normalize` makes of x; tracing takes it as one step, since it looks at shapes."""
-    channels = len(mean)
-    # Broadcasting would quietly turn a grey image into three channels.
-    if channels not in (1, x.shape[1]):
-        raise InputError(f"inputs of shape {tuple(x.shape)}: the model normalises {channels} channels")
-    per_channel = (1, channels) + (1,) * (x.dim() - 2)
-    return (x - mean.to(x.dtype).view(per_channel)) / std.to(x.dtype).view(per_channel)
-
-
-torch.fx.wrap("normalized")
 
 
 class SmoothReLU(nn.Module):
