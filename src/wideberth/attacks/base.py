@@ -130,12 +130,12 @@ class Attack(ABC):
         No host synchronisation and no data-dependent shapes. `loss` overrides the attack's own.
         """
 
-    def fitted(self, rows: int, batch_size: int) -> Attack:
-        """The same attack, as its next step is best done on so many rows where the model takes `batch_size` points.
+    def fitted(self, rows: int, room: int) -> Attack:
+        """The same attack, as its next step is best done on so many rows where the model takes `room` points.
 
         What it finds, and what counts as its cost, must not depend on that; the states of both are of one kind.
         """
-        del rows, batch_size
+        del rows, room
         return self
 
     def candidate(self, state: State) -> Tensor:

@@ -52,8 +52,8 @@ class Schedule:
         attack: what is run.
         problem: all N samples, on any device; parts of it are moved to the model's. All else here is on the CPU.
         runs: how many runs a sample is due.
-        batch_size: rows under way, and points that the model is asked about, at a time (a few more, where the runs
-            abreast of one sample are more).
+        batch_size: rows under way at a time (a few more, where the runs abreast of one sample are more); an attack
+            without gradients may ask the model about twice as many points.
         likely: (N, K - 1) classes other than the label, the likeliest first, if the attack aims at targets.
         run: (N,) int64, the run that each sample is due next; one with none left is not attacked. Counted up in place.
         abreast: so many runs of a sample begin together, and ask together. They keep a batch full where few samples are
@@ -95,7 +95,9 @@ class Schedule:
         self._refill()
         going = self.going
         # Of runs abreast that are cancelled it counts how far they had come: they go at one pace, whoever is there.
-        attack = self.attack.fitted(len(going), self.batch_size if self.abreast == 1 else len(going))
+        # Without gradients nothing is kept of a forward, and twice the points take no more memory.
+        room = self.batch_size * (1 if self.attack.needs_gradient else 2) if self.abreast == 1 else len(going)
+        attack = self.attack.fitted(len(going), room)
         going.state = attack.step(self.model, going.part, going.state)
         # A minimum-norm attack that has come within its radius has shown what a verdict asks; without a radius, it
         # looks for the smallest one to the end.

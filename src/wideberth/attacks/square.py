@@ -135,9 +135,9 @@ class Square(Attack):
         drawn = self._drawn(problem, first)
         return _Search.at(problem, point, points=point[:, None], asked=first[:, None], **drawn, **faces)
 
-    def fitted(self, rows: int, batch_size: int) -> Square:
+    def fitted(self, rows: int, room: int) -> Square:
         """With as many queries at once as there is room for."""
-        ahead = max(1, min(self.ahead, batch_size // rows))
+        ahead = max(1, min(self.ahead, room // rows))
         return self if ahead == self.ahead else replace(self, ahead=ahead)
 
     def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
