@@ -191,6 +191,30 @@ def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(m
         assert torch.equal(iteration, searches[0][1])
 
 
+def smooth(norm: Norm, shape: tuple[int, ...]) -> tuple[nn.Module, Problem]:
+    """24 samples, some of which can be broken. Where a rectifier is off, rounding would tell equal values apart."""
+    given, _ = begun(Square(), shape, batch=24)
+    eps = torch.linspace(0, {"linf": 0.3, "l2": 2.0, "l1": 10.0}[norm], 24, dtype=torch.float64)
+    hidden = nn.Linear(given.x[0].numel(), 8, dtype=torch.float64)
+    hidden.weight.data, hidden.bias.data = drawn(*hidden.weight.shape, seed=1), drawn(8, seed=2)
+    model = nn.Sequential(nn.Flatten(), hidden, nn.Tanh(), linear(drawn(2, 8, seed=3))[-1])
+    return model, replace(given, y=model(given.x).argmax(1), eps=eps)
+
+
+def test_runs_side_by_side_cost_the_same_whoever_is_there() -> None:
+    """Those that are cancelled have come as far as the one that broke the sample."""
+    (model, given), costs = smooth("linf", (3, 12, 12)), []
+    for batch_size in (3, 200):
+        attack, cost = Square(queries=60, rescaled=True, restarts=3), torch.zeros(24, dtype=torch.int64)
+        schedule = Schedule(model, attack, given, runs=3, batch_size=batch_size, abreast=3)
+        while schedule.busy:
+            for left in schedule.step():
+                cost.index_add_(0, left.rows, schedule.judged(left, ~left.state.broken))
+        costs.append(cost)
+    assert torch.equal(*costs)
+    assert (costs[0] < costs[0].max()).any(), "some are broken early"
+
+
 @each_norm
 @pytest.mark.parametrize("shape", [(3, 12, 12), (1, 9, 9), (7,)], ids=str)
 @pytest.mark.parametrize("batch_size", [10, 60, 130])
@@ -198,13 +222,7 @@ def test_queries_at_once_find_what_they_find_one_after_the_other(
     norm: Norm, shape: tuple[int, ...], batch_size: int
 ) -> None:
     """Rows wait for their turn or not, the judge takes no first success, and what was asked in vain does not count."""
-    given, _ = begun(Square(), shape, batch=24)
-    eps = torch.linspace(0, {"linf": 0.3, "l2": 2.0, "l1": 10.0}[norm], 24, dtype=torch.float64)
-    hidden = nn.Linear(given.x[0].numel(), 8, dtype=torch.float64)
-    hidden.weight.data, hidden.bias.data = drawn(*hidden.weight.shape, seed=1), drawn(8, seed=2)
-    # Smooth: where a rectifier is off, rounding would decide between two equal values.
-    model = nn.Sequential(nn.Flatten(), hidden, nn.Tanh(), linear(drawn(2, 8, seed=3))[-1])
-    given, asked = replace(given, y=model(given.x).argmax(1), eps=eps), []
+    (model, given), asked = smooth(norm, shape), []
     model.register_forward_hook(lambda *call: asked.append(len(call[-1])))
     searches = []
     for ahead in (1, 5):
