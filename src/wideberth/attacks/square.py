@@ -34,9 +34,9 @@ class _Search(Enclosed):
     """Where a search stands, and what it draws for its next queries: for many at once it costs what for one it does.
 
     Attributes:
-        points: (B, n, ...) where the model is asked next, each a candidate as if those before it had been refused;
+        points: (B, k, ...) where the model is asked next, each a candidate as if those before it had been refused;
             `point` is the first of them.
-        asked: (B, n) int64, which queries these are; `iteration` is the first of them.
+        asked: (B, k) int64, which queries these are; `iteration` is the first of them.
         draws: (B, n, m) uniform numbers, for n queries from query `since` (B,) on.
         spots: (B, n, 4 or 8) int64: their windows, one in linf and two in the other norms, as `Window` has them.
         since: (B,) int64.
@@ -178,16 +178,16 @@ class Square(Attack):
             return replace(state, point=points[:, 0], iteration=asked[:, 0], survived=survived)
 
     def _candidates(self, problem: Problem, state: _Search, iteration: Tensor) -> tuple[Tensor, Tensor]:
-        """The next points to ask about after queries (B,), (B, n, ...), and which queries they are, (B, n)."""
+        """The next points to ask about after queries (B,), (B, k, ...), and which queries they are, (B, k)."""
         kept = windows.image(state.kept)
         points = kept.new_empty(len(kept), self.ahead, *kept.shape[1:])
-        at: list[Tensor] = []
+        asked: list[Tensor] = []
         for point in points.unbind(1):
             saved = self._candidate(problem, state, iteration, point)
             # A row that was just broken stands at its next query, and goes on from there if the judge does not agree.
-            iteration = iteration + 1 + (saved if at else torch.where(state.broken, 0, saved))
-            at.append(iteration)
-        return points.view(len(kept), self.ahead, *problem.x.shape[1:]), torch.stack(at, 1)
+            iteration = iteration + 1 + (saved if asked else torch.where(state.broken, 0, saved))
+            asked.append(iteration)
+        return points.view(len(kept), self.ahead, *problem.x.shape[1:]), torch.stack(asked, 1)
 
     def _candidate(self, problem: Problem, state: _Search, iteration: Tensor, point: Tensor) -> Tensor:
         """Write the candidate after queries (B,) to `point` (B, C, H, W); returns how many (B,) it saves before it."""
@@ -263,7 +263,7 @@ def _column(value: Tensor) -> Tensor:
 
 
 def _adopted(new: Tensor, points: Tensor, which: Tensor, kept: Tensor) -> Tensor:
-    """Rows of `points` (B, n, ...), the one that `which` (B, 1) names, where `new` (B,), and of `kept` elsewhere.
+    """Rows of `points` (B, k, ...), the one that `which` (B, 1) names, where `new` (B,), and of `kept` elsewhere.
 
     It may be `kept` itself: not to be changed in place.
     """

@@ -103,7 +103,7 @@ class State(Rows):
         value: (B,) how good `kept` is, higher = better: the loss there, or minus its distance of a minimum-norm attack.
         broken: (B,) bool, whether `kept` achieves the goal within its radius.
         survived: (B,) int64, points asked about before the first that achieves the goal.
-        iteration: (B,) int64, steps taken, of several at once each.
+        iteration: (B,) int64, steps taken; Square, which may ask several at once, counts queries.
         spent: (B,) int64, forwards plus backwards, but for what is asked ahead in vain (see `Square`).
     """
 

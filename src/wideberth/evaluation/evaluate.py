@@ -65,7 +65,7 @@ def evaluate(
             composition of AutoAttack, in a small part of its time.
         box: what inputs lie in (default: the data's own, else (0, 1)).
         rows: only the first so many samples.
-        batch_size: samples at a time.
+        batch_size: samples at a time; attacks without gradients may ask about twice as many points.
         margin: also measure effective margins (one backward per class).
         seed: of the attacks' randomness.
         progress: show a progress bar with the accuracies so far.
