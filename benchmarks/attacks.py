@@ -8,11 +8,11 @@ bounds computed once. It keeps no loss, no success and no other point than the l
 Everyone gets the same model as users have it, in eval mode with parameters that want gradients (with `--frozen`:
 parameters that want none, which spares a peer the weight gradients it would compute), the same batch, labels that are
 the model's own predictions, and no left-over `.grad`. Variants take turns, round by round, so that a drifting machine
-drifts for all. "ours" is `judge=False`: points and no verdict on them, like the floor, torchattacks and adv-lib; "ours,
-judged" is the default call, with one forward more, like foolbox. ART takes and returns numpy, as it does for its users,
-and judges clean and crafted points. Whether equal work was done is told by the columns of what came back: forwards (of
-the whole batch), success, mean loss, and largest step from x. adv-lib returns the last point that succeeded, and x
-itself where none did.
+drifts for all, and each round in another order, since each finds memory as the one before has left it. "ours" is
+`judge=False`: points and no verdict on them, like the floor, torchattacks and adv-lib; "ours, judged" is the default
+call, with one forward more, like foolbox. ART takes and returns numpy, as it does for its users, and judges clean and
+crafted points. Whether equal work was done is told by the columns of what came back: forwards (of the whole batch),
+success, mean loss, and largest step from x. adv-lib returns the last point that succeeded, and x itself where none did.
 
     uv run --config-file <(echo 'extra-build-dependencies.visdom = ["setuptools<81"]') --with foolbox \\
         --with torchattacks --with adversarial-robustness-toolbox --with adv-lib python benchmarks/attacks.py
@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import statistics
 import time
 import warnings
@@ -171,11 +172,12 @@ def main() -> None:
 
     reports = {name: report(model, craft, x, y) for name, craft in crafts.items()}  # this also warms up
     seconds: dict[str, list[float]] = {name: [] for name in crafts}
+    order = random.Random(0)
     for _ in range(options.rounds):
-        for name, craft in crafts.items():
+        for name in order.sample(list(crafts), len(crafts)):
             model.eval().zero_grad()
             began = time.perf_counter()
-            craft(x, y)
+            crafts[name](x, y)
             seconds[name].append(time.perf_counter() - began)
 
     def ratio(name: str, base: str) -> float:

@@ -126,11 +126,14 @@ def project_l1(delta: Tensor, eps: Tensor, room: Tensor) -> Tensor:
 
 
 def inward(x: Tensor, delta: Tensor) -> Tensor:
-    """x + delta in x's dtype, each entry rounded towards x: the sum never lies further from x than delta says."""
+    """x + delta in x's dtype, each entry rounded towards x: the sum never lies further from x than delta says.
+
+    `delta` may be a column (B, 1, ..., 1), the same for all entries of a row.
+    """
     moved = (x + delta).to(x.dtype)
     # Half an ulp at 1.0 is 2e-6 of eps = 8/255 in float32 and 6 % of it in bfloat16: a budget exceeded by rounding.
-    overshot = (moved.to(delta.dtype) - x).abs() > delta.abs()
-    return torch.where(overshot, torch.nextafter(moved, x), moved)
+    overshot = (moved.to(delta.dtype) - x).abs_() > delta.abs()
+    return moved.nextafter_(torch.where(overshot, x, moved))
 
 
 def place(x: Tensor, delta: Tensor, eps: Tensor, p: Norm, box: Box) -> Tensor:
@@ -158,8 +161,8 @@ def place(x: Tensor, delta: Tensor, eps: Tensor, p: Norm, box: Box) -> Tensor:
 
 def faces(x: Tensor, eps: Tensor, box: Box) -> tuple[Tensor, Tensor]:
     """The lowest and the highest point of linf ball and box, dtype of x: what lies between them lies in both."""
-    radius = column(eps, x).expand_as(x)
-    return place(x, -radius, eps, "linf", box), place(x, radius, eps, "linf", box)
+    radius = column(eps, x).to(torch.promote_types(x.dtype, torch.float32))
+    return inward(x, -radius).clamp_(*box), inward(x, radius).clamp_(*box)
 
 
 def random_start(x: Tensor, eps: Tensor, p: Norm, start: Start, noise: Noise) -> Tensor:
@@ -180,7 +183,7 @@ def random_start(x: Tensor, eps: Tensor, p: Norm, start: Start, noise: Noise) ->
     if start != "uniform":
         raise InputError(f"start={start!r}: accepted are uniform, gaussian, none")
     if p == "linf":
-        return radius * (2 * noise.uniform(shape, dtype) - 1)
+        return noise.uniform(shape, dtype).mul_(2).sub_(1).mul_(radius)
     # Uniform on the sphere times the d-th root of a uniform is uniform in the ball; for l1, signed exponentials.
     if p == "l2":
         direction = noise.normal(shape, dtype)

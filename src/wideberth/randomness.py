@@ -27,13 +27,14 @@ def _signed(value: int) -> int:
 
 def _shift(value: Tensor, bits: int) -> Tensor:
     """Logical right shift of an int64 tensor (torch's own keeps the sign)."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+    return (value >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(value: Tensor) -> Tensor:
-    value = (value ^ _shift(value, 30)) * _signed(_MIX_1)
-    value = (value ^ _shift(value, 27)) * _signed(_MIX_2)
-    return value ^ _shift(value, 31)
+    """SplitMix64's finaliser, int64, worked out in place: a start has as many of them as it has entries."""
+    value.bitwise_xor_(_shift(value, 30)).mul_(_signed(_MIX_1))
+    value.bitwise_xor_(_shift(value, 27)).mul_(_signed(_MIX_2))
+    return value.bitwise_xor_(_shift(value, 31))
 
 
 def _mix_int(value: int) -> int:
@@ -108,7 +109,7 @@ class Noise:
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, *shape) in [0, 1), with as many random bits as the dtype holds (53 in float64, 24 in float32)."""
         digits = 1 - int(math.log2(torch.finfo(dtype).eps))
-        return _shift(self.bits(shape), 64 - digits).to(dtype) * 2.0**-digits
+        return _shift(self.bits(shape), 64 - digits).to(dtype).mul_(2.0**-digits)
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, *shape) standard normal, by Box and Muller from two uniforms of one draw."""

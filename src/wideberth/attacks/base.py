@@ -45,7 +45,17 @@ def input_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One forward and one input gradient: logits (B, K), losses (B,), gradient of each row's own loss (B, ...).
 
-    The gradient is the caller's own, to work on in place.
+    The gradient is the caller's own, to work on in place, and holds no NaN: one has no direction, and would spread to
+    the point and end the row's attack. Arguments and errors are those of `raw_gradient`.
+    """
+    logits, value, gradient = raw_gradient(model, x, loss, draws)
+    return logits, value, gradient.nan_to_num(nan=0.0)
+
+
+def raw_gradient(
+    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], draws: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `input_gradient` gives, before that copy: there may be NaN in it, and the model may hold on to its memory.
 
     Args:
         model: maps x to logits.
@@ -58,8 +68,8 @@ def input_gradient(
         InputError: where the model's output does not depend differentiably on its input.
     """
     point = x.detach().requires_grad_()
-    value, gradient = torch.zeros(()), torch.zeros(())
-    for draw in range(draws):
+    found: list[tuple[Tensor, Tensor]] = []
+    for _ in range(draws):
         with torch.enable_grad():
             logits = model(point)
             values = loss(logits)
@@ -69,14 +79,12 @@ def input_gradient(
                 came = tuple(values.shape)
                 raise InputError(f"the loss returned shape {came}: must be one loss per sample, ({len(x)},)")
             # Summed, not averaged: row i of the gradient belongs to sample i alone.
-            (found,) = torch.autograd.grad(values.sum(), point, materialize_grads=True)
-        value = value + values.detach() if draw else values.detach()
-        gradient = gradient + found if draw else found
+            (gradient,) = torch.autograd.grad(values.sum(), point, materialize_grads=True)
+        found.append((values.detach(), gradient))
+    value, gradient = found[0]
     if draws > 1:
-        value, gradient = value / draws, gradient / draws
-    # A NaN has no direction; left in, it would spread to the point and end the row's attack. Its removal also makes the
-    # copy that is ours: what autograd returns may be a tensor that the model holds on to.
-    return logits.detach(), value, gradient.nan_to_num(nan=0.0)
+        value, gradient = (sum(parts) / draws for parts in zip(*found, strict=True))
+    return logits.detach(), value, gradient
 
 
 @dataclass(frozen=True, kw_only=True)

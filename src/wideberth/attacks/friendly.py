@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wideberth import checks, geometry
-from wideberth.attacks.base import Keep, input_gradient
+from wideberth.attacks.base import Keep
 from wideberth.attacks.gradient import PGD
 from wideberth.attacks.state import Enclosed, Problem, State
-from wideberth.losses import Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +55,18 @@ class EarlyStoppedPGD(PGD):
 
     def begin(self, problem: Problem) -> Friendly:
         """Begin as PGD does, with all steps left."""
-        start = super().begin(problem)
         left = torch.full_like(problem.y, self.tau)
-        return Friendly.within(problem, start.point, self.norm, self.box, left=left)
+        return self.started(problem, Friendly.within(problem, problem.x, self.norm, self.box, left=left))
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
-        """One forward and one input gradient at `state.point`, then one step uphill for the rows that go on."""
+    def onward(self, problem: Problem, state: State, logits: Tensor, gradient: Tensor) -> State:
+        """One step uphill for the rows that go on."""
         assert isinstance(state, Friendly)
-        here, iteration = state.point, state.iteration
-        ascended = problem.loss(self.loss if loss is None else loss)
-        logits, value, gradient = input_gradient(model, here, ascended, self.draws)
+        here = state.point
         left = state.left - problem.achieved(logits).to(state.left.dtype)
         move = self.uphill(problem, here, gradient)
         if self.omega:
-            noise = problem.noise.fold("friendly").then(iteration)
+            noise = problem.noise.fold("friendly").then(state.iteration)
             move = move + self.omega * noise.normal(here.shape[1:], problem.eps.dtype)
         point = state.moved(problem, here, move, self.norm, self.box)
         point = geometry.choose(left >= 0, point, here)
-        return replace(self.remember(problem, state, logits, value, cost=2 * self.draws), point=point, left=left)
+        return replace(state, point=point, left=left)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, Keep, input_gradient
-from wideberth.attacks.state import Enclosed, Problem, S, State
+from wideberth.attacks.base import Attack, Keep, raw_gradient
+from wideberth.attacks.state import E, Enclosed, Problem, S, State
 from wideberth.geometry import Start
 from wideberth.losses import Loss
 
@@ -80,16 +80,36 @@ class PGD(Attack):
 
     def begin(self, problem: Problem) -> Enclosed:
         """Begin at the clean inputs or at a random point near them."""
+        return self.started(problem, Enclosed.within(problem, problem.x, self.norm, self.box))
+
+    def started(self, problem: Problem, state: E) -> E:
+        """The state with its first point: as far from the clean inputs as `start` says."""
         delta = geometry.random_start(problem.x, problem.eps, self.norm, self.start, problem.noise)
-        point = geometry.place(problem.x, delta, problem.eps, self.norm, self.box)
-        return Enclosed.within(problem, point, self.norm, self.box)
+        point = state.moved(problem, problem.x, delta, self.norm, self.box)
+        return replace(state, point=point, kept=point)
 
     def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
         """One forward and one input gradient at `state.point`, then one step uphill."""
-        assert isinstance(state, Enclosed)
-        ascended = problem.loss(self.loss if loss is None else loss)
-        logits, value, gradient = input_gradient(model, state.point, ascended, self.draws)
+        logits, value, gradient = self.ask(model, problem, state, loss)
         state = self.remember(problem, state, logits, value, cost=2 * self.draws)
+        return self.onward(problem, state, logits, gradient)
+
+    def ask(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, losses and raw gradient (see `raw_gradient`) at `state.point`."""
+        ascended = problem.loss(self.loss if loss is None else loss)
+        return raw_gradient(model, state.point, ascended, self.draws)
+
+    def onward(self, problem: Problem, state: State, logits: Tensor, gradient: Tensor) -> State:
+        """The state with the point to ask about next, after the model's answer was remembered.
+
+        Args:
+            problem: the rows.
+            state: with `point` as it was asked about, and `iteration` already one higher.
+            logits: (B, K) there.
+            gradient: (B, ...) there, raw: to be left as it is.
+        """
+        del logits
+        assert isinstance(state, Enclosed)
         move = self.uphill(problem, state.point, gradient)
         point = state.moved(problem, state.point, move, self.norm, self.box)
         if self.keep == "first_flip":
@@ -97,19 +117,20 @@ class PGD(Attack):
         return replace(state, point=point)
 
     def uphill(self, problem: Problem, point: Tensor, direction: Tensor) -> Tensor:
-        """The step from `point` that ascends fastest along a direction (B, ...): the gradient, as a rule.
+        """The step from `point` that ascends fastest along a direction (B, ...), such as the gradient.
 
-        `direction` may be worked on in place, as in all that happens to a point between two looks at the model: of new
-        memory a CPU must first fetch every page.
+        The step is in memory of its own, to work on in place; entries of the direction that are NaN do not move.
         """
         if self.norm == "l1":
             # The one entry that moves must have room: at a face of the box, outward would leave the point where it is.
             low, high = self.box
             direction = direction.masked_fill(torch.where(direction > 0, point >= high, point <= low), 0)
-        size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
-        stride = geometry.column(geometry.per_sample(size, problem.x), problem.x)
-        direction = direction.to(stride.dtype)
-        return (direction.sign_() if self.norm == "linf" else geometry.steepest(direction, self.norm)).mul_(stride)
+        size = self.step_size
+        stride = geometry.column(size(problem.eps, self.steps), problem.x) if callable(size) else size
+        direction = direction.to(problem.eps.dtype)
+        # The sign of NaN is 0, and one pass over memory less than to take it out first.
+        step = direction.sign() if self.norm == "linf" else geometry.steepest(direction.nan_to_num(nan=0.0), self.norm)
+        return step.mul_(stride)
 
     def remember(self, problem: Problem, state: S, logits: Tensor, value: Tensor, cost: int) -> S:
         """Take account of what a forward at `state.point` said."""
@@ -132,8 +153,11 @@ class PGD(Attack):
     def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
         """k steps cost k forwards and k input gradients; the last look, where it is wanted, one forward more."""
         state: State = self.begin(problem)
-        for _ in range(self.steps):
-            state = self.step(model, problem, state, loss)
+        if self.keep == "last":
+            state = self._steps(model, problem, state, loss)
+        else:
+            for _ in range(self.steps):
+                state = self.step(model, problem, state, loss)
         if not (judge or self.judges):
             return replace(state, kept=state.point)
         survived = state.survived
@@ -141,6 +165,22 @@ class PGD(Attack):
             logits = model(state.point)
             value = problem.loss(self.loss if loss is None else loss)(logits)
         return replace(self.remember(problem, state, logits, value, cost=1), survived=survived)
+
+    def _steps(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None) -> State:
+        """All of them, with the same points as by `step`, where none of what is remembered decides where to go.
+
+        Then it can wait: right after a network, a CPU finds none of the code of a dozen small sums in its caches, and
+        takes as long for them as for the step itself.
+        """
+        answers = []
+        for _ in range(self.steps):
+            logits, _, gradient = self.ask(model, problem, state, loss)
+            answers.append(logits)
+            state = self.onward(problem, replace(state, iteration=state.iteration + 1), logits, gradient)
+            del gradient  # a CPU finds its memory still in the cache
+        held = torch.stack([~problem.achieved(logits) for logits in answers])
+        survived = state.survived + held.long().cumprod(0).sum(0)
+        return replace(state, survived=survived, spent=state.spent + 2 * self.draws * self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

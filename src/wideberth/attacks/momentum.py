@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wideberth import checks, geometry
-from wideberth.attacks.base import input_gradient
 from wideberth.attacks.gradient import PGD, ScaledStep
 from wideberth.attacks.state import Enclosed, Problem, State
 from wideberth.geometry import Start
-from wideberth.losses import Loss
 
 _EQUAL_STEPS = ScaledStep(1.0)
 
@@ -54,22 +52,14 @@ class MIFGSM(PGD):
 
     def begin(self, problem: Problem) -> Moving:
         """Begin as PGD does, without momentum."""
-        point = super().begin(problem).point
-        none = torch.zeros_like(point, dtype=problem.eps.dtype)
-        return Moving.within(problem, point, self.norm, self.box, momentum=none)
+        none = torch.zeros_like(problem.x, dtype=problem.eps.dtype)
+        return self.started(problem, Moving.within(problem, problem.x, self.norm, self.box, momentum=none))
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> Moving:
-        """One forward and one input gradient at `state.point`, then one step along the momentum."""
+    def onward(self, problem: Problem, state: State, logits: Tensor, gradient: Tensor) -> State:
+        """One step along the momentum, to which the gradient is added."""
         assert isinstance(state, Moving)
-        ascended = problem.loss(self.loss if loss is None else loss)
-        logits, value, gradient = input_gradient(model, state.point, ascended, self.draws)
-        state = self.remember(problem, state, logits, value, cost=2 * self.draws)
-        momentum = self.decay * state.momentum + _unit(gradient.to(problem.eps.dtype))
-        move = self.uphill(problem, state.point, momentum.clone())
-        point = state.moved(problem, state.point, move, self.norm, self.box)
-        if self.keep == "first_flip":
-            point = geometry.choose(state.broken, state.kept, point)
-        return replace(state, point=point, momentum=momentum)
+        momentum = self.decay * state.momentum + _unit(gradient.to(problem.eps.dtype).nan_to_num(nan=0.0))
+        return super().onward(problem, replace(state, momentum=momentum), logits, momentum)
 
 
 def _unit(gradient: Tensor) -> Tensor:

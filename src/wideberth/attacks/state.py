@@ -151,6 +151,7 @@ class State(Rows):
 
 
 S = TypeVar("S", bound=State)
+E = TypeVar("E", bound="Enclosed")
 
 
 @dataclass(frozen=True, kw_only=True)
