@@ -161,7 +161,8 @@ def place(x: Tensor, delta: Tensor, eps: Tensor, p: Norm, box: Box) -> Tensor:
 
 def faces(x: Tensor, eps: Tensor, box: Box) -> tuple[Tensor, Tensor]:
     """The lowest and the highest point of linf ball and box, dtype of x: what lies between them lies in both."""
-    radius = column(eps, x).to(torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(torch.promote_types(x.dtype, eps.dtype), torch.float32)
+    radius = column(eps, x).to(wide)
     return inward(x, -radius).clamp_(*box), inward(x, radius).clamp_(*box)
 
 
@@ -183,7 +184,7 @@ def random_start(x: Tensor, eps: Tensor, p: Norm, start: Start, noise: Noise) ->
     if start != "uniform":
         raise InputError(f"start={start!r}: accepted are uniform, gaussian, none")
     if p == "linf":
-        return noise.uniform(shape, dtype).mul_(2).sub_(1).mul_(radius)
+        return noise.uniform(shape, dtype).mul_(2).sub_(1) * radius
     # Uniform on the sphere times the d-th root of a uniform is uniform in the ball; for l1, signed exponentials.
     if p == "l2":
         direction = noise.normal(shape, dtype)

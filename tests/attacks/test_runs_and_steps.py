@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wideberth import geometry
 from wideberth.attacks import MIFGSM, PGD, EarlyStoppedPGD
-from wideberth.attacks.state import Problem
+from wideberth.attacks.state import Problem, State
 from wideberth.randomness import Noise
 
 ATTACKS = {
@@ -81,3 +81,47 @@ def test_a_gradient_that_the_model_holds_is_left_alone_and_nan_moves_nothing(kin
         torch.testing.assert_close(delta, torch.tensor([0.1, -0.1, 0, 0.1], dtype=torch.float64))
     assert delta[1] < 0
     assert geometry.norm(found.x - x, norm).item() == pytest.approx(0.1)
+
+
+def test_a_gradient_that_float32_cannot_hold_moves_a_float64_point_whatever_the_radii_are_in() -> None:
+    model = nn.Linear(3, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[200.0, 200.0, 200.0], [-200.0, -200.0, -200.0]]))
+    x = torch.full((1, 3), 0.5, dtype=torch.float64)
+    problem = Problem(x, torch.tensor([0]), torch.tensor([0.25]), Noise(torch.arange(1)))
+    for norm, moved in (("linf", 0.25), ("l2", 0.25 / 3**0.5)):
+        run = PGD(norm=norm, steps=3, start="none").run(model, problem, judge=False)  # type: ignore[arg-type]
+        torch.testing.assert_close(x - run.kept, torch.full_like(x, moved))
+
+
+class Reusing(nn.Module):
+    """Answers in the same memory every time, as a captured graph does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.memory = model, torch.zeros(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = self.model(x)
+        if self.memory.shape != answer.shape:
+            self.memory = torch.empty_like(answer).detach()
+        self.memory.detach_().copy_(answer)
+        return self.memory
+
+
+def test_a_model_may_answer_in_the_same_memory_every_time() -> None:
+    model, x = network(4, 3).eval(), torch.rand(24, 4, dtype=torch.float64)
+    y = model(x).detach().argmax(1)
+    plain, reused = (PGD(steps=6)(m, x, y, eps=0.3) for m in (model, Reusing(model)))
+    assert 0 < int((plain.survived < 6).sum()) < 24
+    assert torch.equal(plain.survived, reused.survived)
+
+
+def test_a_subclass_with_a_step_of_its_own_is_run_by_it() -> None:
+    class Still(PGD):
+        def step(self, model: nn.Module, problem: Problem, state: State, loss: Any = None) -> State:
+            return replace(state, iteration=state.iteration + 1)
+
+    x = torch.rand(2, 4, dtype=torch.float64)
+    found = Still(start="none", steps=2)(network(4, 3), x, torch.zeros(2, dtype=torch.int64), eps=0.3)
+    assert torch.equal(found.x, x)

@@ -68,8 +68,8 @@ def raw_gradient(
         InputError: where the model's output does not depend differentiably on its input.
     """
     point = x.detach().requires_grad_()
-    found: list[tuple[Tensor, Tensor]] = []
-    for _ in range(draws):
+    value, gradient = torch.zeros(()), torch.zeros(())
+    for draw in range(draws):
         with torch.enable_grad():
             logits = model(point)
             values = loss(logits)
@@ -79,11 +79,11 @@ def raw_gradient(
                 came = tuple(values.shape)
                 raise InputError(f"the loss returned shape {came}: must be one loss per sample, ({len(x)},)")
             # Summed, not averaged: row i of the gradient belongs to sample i alone.
-            (gradient,) = torch.autograd.grad(values.sum(), point, materialize_grads=True)
-        found.append((values.detach(), gradient))
-    value, gradient = found[0]
+            (found,) = torch.autograd.grad(values.sum(), point, materialize_grads=True)
+        value = value + values.detach() if draw else values.detach()
+        gradient = gradient + found if draw else found
     if draws > 1:
-        value, gradient = (sum(parts) / draws for parts in zip(*found, strict=True))
+        value, gradient = value / draws, gradient / draws
     return logits.detach(), value, gradient
 
 

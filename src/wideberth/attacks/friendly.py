@@ -65,7 +65,7 @@ class EarlyStoppedPGD(PGD):
         left = state.left - problem.achieved(logits).to(state.left.dtype)
         move = self.uphill(problem, here, gradient)
         if self.omega:
-            noise = problem.noise.fold("friendly").then(state.iteration)
+            noise = problem.noise.fold("friendly").then(state.iteration - 1)
             move = move + self.omega * noise.normal(here.shape[1:], problem.eps.dtype)
         point = state.moved(problem, here, move, self.norm, self.box)
         point = geometry.choose(left >= 0, point, here)

@@ -100,11 +100,12 @@ class PGD(Attack):
         return raw_gradient(model, state.point, ascended, self.draws)
 
     def onward(self, problem: Problem, state: State, logits: Tensor, gradient: Tensor) -> State:
-        """The state with the point to ask about next, after the model's answer was remembered.
+        """The state with the point to ask about next: what a subclass that moves otherwise has of its own.
 
         Args:
             problem: the rows.
-            state: with `point` as it was asked about, and `iteration` already one higher.
+            state: with `point` as it was asked about, and `iteration` already one higher; what else `remember` knows is
+                up to date unless `keep` is "last".
             logits: (B, K) there.
             gradient: (B, ...) there, raw: to be left as it is.
         """
@@ -125,12 +126,13 @@ class PGD(Attack):
             # The one entry that moves must have room: at a face of the box, outward would leave the point where it is.
             low, high = self.box
             direction = direction.masked_fill(torch.where(direction > 0, point >= high, point <= low), 0)
-        size = self.step_size
-        stride = geometry.column(size(problem.eps, self.steps), problem.x) if callable(size) else size
-        direction = direction.to(problem.eps.dtype)
-        # The sign of NaN is 0, and one pass over memory less than to take it out first.
-        step = direction.sign() if self.norm == "linf" else geometry.steepest(direction.nan_to_num(nan=0.0), self.norm)
-        return step.mul_(stride)
+        size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
+        stride = size if isinstance(size, float) else geometry.column(geometry.per_sample(size, problem.x), problem.x)
+        wide = torch.promote_types(problem.x.dtype, problem.eps.dtype)
+        if self.norm == "linf":
+            # The sign of NaN is 0, and one pass over memory less than to take it out first.
+            return direction.sign().to(wide).mul_(stride)
+        return geometry.steepest(direction.nan_to_num(nan=0.0).to(wide), self.norm).mul_(stride)
 
     def remember(self, problem: Problem, state: S, logits: Tensor, value: Tensor, cost: int) -> S:
         """Take account of what a forward at `state.point` said."""
@@ -153,7 +155,7 @@ class PGD(Attack):
     def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
         """k steps cost k forwards and k input gradients; the last look, where it is wanted, one forward more."""
         state: State = self.begin(problem)
-        if self.keep == "last":
+        if self.keep == "last" and type(self).step is PGD.step and type(self).remember is PGD.remember:
             state = self._steps(model, problem, state, loss)
         else:
             for _ in range(self.steps):
@@ -175,7 +177,7 @@ class PGD(Attack):
         answers = []
         for _ in range(self.steps):
             logits, _, gradient = self.ask(model, problem, state, loss)
-            answers.append(logits)
+            answers.append(logits.clone())  # a model may use the memory of its answers again
             state = self.onward(problem, replace(state, iteration=state.iteration + 1), logits, gradient)
             del gradient  # a CPU finds its memory still in the cache
         held = torch.stack([~problem.achieved(logits) for logits in answers])
