@@ -155,6 +155,7 @@ class PGD(Attack):
     def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
         """k steps cost k forwards and k input gradients; the last look, where it is wanted, one forward more."""
         state: State = self.begin(problem)
+        # A subclass whose step is another is run by that, as the schedule of an evaluation does.
         if self.keep == "last" and type(self).step is PGD.step and type(self).remember is PGD.remember:
             state = self._steps(model, problem, state, loss)
         else:
