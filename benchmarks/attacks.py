@@ -44,13 +44,13 @@ from wideberth import memory
 
 EPS, STEP_SIZE, CLASSES = 8 / 255, 2 / 255, 10
 
-Craft = Callable[[Tensor, Tensor], Tensor]
+Perturb = Callable[[Tensor, Tensor], Tensor]
 
 
-def floor(model: nn.Module, steps: int) -> Craft:
+def floor(model: nn.Module, steps: int) -> Perturb:
     """Nothing less computes the same."""
 
-    def craft(x: Tensor, y: Tensor) -> Tensor:
+    def perturb(x: Tensor, y: Tensor) -> Tensor:
         wanted = [p for p in model.parameters() if p.requires_grad]
         for parameter in wanted:
             parameter.requires_grad_(False)
@@ -64,16 +64,16 @@ def floor(model: nn.Module, steps: int) -> Craft:
             parameter.requires_grad_(True)
         return point
 
-    return craft
+    return perturb
 
 
-def ours(model: nn.Module, steps: int, judge: bool = False) -> Craft:
+def ours(model: nn.Module, steps: int, judge: bool = False) -> Perturb:
     """This library's."""
     attack = wb.attacks.PGD(steps=steps, step_size=STEP_SIZE)
     return lambda x, y: attack(model, x, y, eps=EPS, judge=judge).x
 
 
-def foolbox(model: nn.Module, steps: int) -> Craft:
+def foolbox(model: nn.Module, steps: int) -> Perturb:
     """Gives points and their success."""
     import foolbox as fb
 
@@ -82,14 +82,14 @@ def foolbox(model: nn.Module, steps: int) -> Craft:
     return lambda x, y: attack(bounded, x, y, epsilons=EPS)[1]
 
 
-def torchattacks(model: nn.Module, steps: int) -> Craft:
+def torchattacks(model: nn.Module, steps: int) -> Perturb:
     """Gives points."""
     import torchattacks as ta
 
     return ta.PGD(model, eps=EPS, alpha=STEP_SIZE, steps=steps, random_start=True)
 
 
-def art(model: nn.Module, steps: int) -> Craft:
+def art(model: nn.Module, steps: int) -> Perturb:
     """Gives points, in numpy, and logs their success."""
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
@@ -103,14 +103,14 @@ def art(model: nn.Module, steps: int) -> Craft:
     return lambda x, y: torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
 
 
-def adv_lib(model: nn.Module, steps: int) -> Craft:
+def adv_lib(model: nn.Module, steps: int) -> Perturb:
     """Gives points, and follows success at every step."""
     from adv_lib.attacks import pgd_linf
 
     return lambda x, y: pgd_linf(model, x, y, EPS, steps=steps, absolute_step_size=STEP_SIZE)
 
 
-PEERS: dict[str, Callable[[nn.Module, int], Craft]] = {
+PEERS: dict[str, Callable[[nn.Module, int], Perturb]] = {
     "adv-lib": adv_lib,
     "torchattacks": torchattacks,
     "foolbox": foolbox,
@@ -118,11 +118,11 @@ PEERS: dict[str, Callable[[nn.Module, int], Craft]] = {
 }
 
 
-def report(model: nn.Module, craft: Craft, x: Tensor, y: Tensor) -> str:
-    """Craft once, uncounted in time: forwards spent, success, mean loss and largest step of what comes back."""
+def report(model: nn.Module, perturb: Perturb, x: Tensor, y: Tensor) -> str:
+    """Perturb once, uncounted in time: forwards spent, success, mean loss and largest step of what comes back."""
     seen: list[int] = []
     hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    found = craft(x, y)
+    found = perturb(x, y)
     hook.remove()
     with torch.no_grad():
         logits = model.eval()(found)
@@ -159,7 +159,7 @@ def main() -> None:
     print("freed memory is kept" if kept else "what becomes of freed memory is left to the C library and its variables")
     weights = "frozen" if options.frozen else "wanting gradients"
     print(f"{type(model).__name__}, weights {weights}, 3x32x32, batch {len(x)}, PGD-{options.steps} linf 8/255")
-    crafts: dict[str, Craft] = {
+    crafts: dict[str, Perturb] = {
         "floor": floor(model, options.steps),
         "ours": ours(model, options.steps),
         "ours, judged": ours(model, options.steps, judge=True),
@@ -170,7 +170,7 @@ def main() -> None:
         except Exception as why:  # whatever breaks the import of a peer
             print(f"{name} skipped: {type(why).__name__}: {why}")
 
-    reports = {name: report(model, craft, x, y) for name, craft in crafts.items()}  # this also warms up
+    reports = {name: report(model, perturb, x, y) for name, perturb in crafts.items()}  # this also warms up
     seconds: dict[str, list[float]] = {name: [] for name in crafts}
     order = random.Random(0)
     for _ in range(options.rounds):

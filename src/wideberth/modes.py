@@ -13,11 +13,11 @@ from typing import Literal, TypeAlias
 from torch import nn
 
 Mode: TypeAlias = Literal["eval", "train", "keep"]
-"""The mode a model is borrowed in: "keep" leaves every module as its owner set it."""
+"""The mode a model is lent in: "keep" leaves every module as its owner set it."""
 
 
 @contextmanager
-def borrowed(model: nn.Module, mode: Mode = "eval", *, freeze: bool = True) -> Iterator[nn.Module]:
+def lent(model: nn.Module, mode: Mode = "eval", *, freeze: bool = True) -> Iterator[nn.Module]:
     """Lend a model in `mode`, with parameters that take no gradients, and give it back exactly as it was.
 
     Args:

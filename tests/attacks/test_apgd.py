@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from wideberth import geometry, losses
 from wideberth.attacks.apgd import APGD, Ascent, checkpoints, l1_checkpoints, stages
-from wideberth.attacks.gradient import PGD
-from wideberth.attacks.state import Problem
+from wideberth.attacks.pgd import PGD
+from wideberth.attacks.state import AttackInputs
 from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
 from wideberth.randomness import Noise
@@ -24,8 +24,8 @@ DUAL: dict[Norm, float] = {"linf": 1, "l2": 2, "l1": math.inf}
 each_norm = pytest.mark.parametrize("norm", list(DUAL))
 
 
-def problem_of(x: Tensor, y: Tensor, eps: float | Tensor, target: Tensor | None = None) -> Problem:
-    return Problem(x, y, geometry.per_sample(eps, x), Noise(torch.arange(len(x))), target, strict=False)
+def inputs_of(x: Tensor, y: Tensor, eps: float | Tensor, target: Tensor | None = None) -> AttackInputs:
+    return AttackInputs(x, y, geometry.per_sample(eps, x), Noise(torch.arange(len(x))), target, strict=False)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -88,11 +88,11 @@ def sizes(script: list[list[float]], steps: int = 100) -> tuple[Tensor, list[Asc
     losses_seen = torch.tensor(script, dtype=torch.float64)
     assert losses_seen.shape[1] == steps + 1
     x = torch.zeros(len(script), 2, dtype=torch.float64)
-    problem = problem_of(x, torch.ones(len(script), dtype=torch.int64), 1.0)
+    inputs = inputs_of(x, torch.ones(len(script), dtype=torch.int64), 1.0)
     attack, model = APGD(box=WIDE, steps=steps, loss=first_logit), Scripted(losses_seen)
-    states = [attack.begin(problem)]
-    for _ in range(attack.rounds):
-        states.append(attack.step(model, problem, states[-1]))
+    states = [attack.init(inputs)]
+    for _ in range(attack.num_steps):
+        states.append(attack.step(model, inputs, states[-1]))
     return torch.stack([state.size for state in states[1:]], dim=1), states
 
 
@@ -153,24 +153,24 @@ def test_a_halved_row_goes_back_to_its_best_point_and_the_gradient_there() -> No
     torch.testing.assert_close(after.point[0], expected)
 
 
-def slopes(eps: Tensor) -> tuple[nn.Module, Problem]:
+def slopes(eps: Tensor) -> tuple[nn.Module, AttackInputs]:
     """Ten slopes, the last the steepest, and one row at zero for each radius; far from a mistake."""
     x = torch.zeros(len(eps), 10, dtype=eps.dtype)
     steep = torch.linspace(1, 2, 10, dtype=eps.dtype)
     model = linear(torch.stack([steep * 0, steep]), torch.tensor([100.0, 0.0]))
-    return model, problem_of(x, torch.zeros(len(eps), dtype=torch.int64), eps)
+    return model, inputs_of(x, torch.zeros(len(eps), dtype=torch.int64), eps)
 
 
 def test_l1_follows_the_sparsity_of_the_best_point() -> None:
     """A fifth of the entries moves at first, then two thirds of those that the best point moved."""
-    model, problem = slopes(torch.tensor([0.3], dtype=torch.float64))
+    model, inputs = slopes(torch.tensor([0.3], dtype=torch.float64))
     attack = APGD(norm="l1", steps=100)
-    state = attack.begin(problem)
+    state = attack.init(inputs)
     assert state.active.tolist() == [2]
     for iteration in range(101):
-        old, state = state, attack.step(model, problem, state)
+        old, state = state, attack.step(model, inputs, state)
         if iteration in l1_checkpoints(100):
-            support = int(((state.best - problem.x).abs() > 1e-9).sum())
+            support = int(((state.best - inputs.x).abs() > 1e-9).sum())
             sparser = support < 0.95 * int(old.support)
             assert state.support.tolist() == [support]
             stuck = support == old.active.item() == 2
@@ -187,23 +187,23 @@ def test_l1_follows_the_sparsity_of_the_best_point() -> None:
 
 def test_l1_entries_that_came_back_but_for_rounding_do_not_count() -> None:
     """Of ten entries three were moved, and of seven a projection left 1e-8 in float32."""
-    model, problem = slopes(torch.tensor([0.3]))
+    model, inputs = slopes(torch.tensor([0.3]))
     attack = APGD(norm="l1", steps=30)
     best = torch.tensor([[0.1] * 3 + [1e-8] * 7])
-    begun = attack.step(model, problem, attack.begin(problem))
-    state = attack.step(model, problem, replace(begun, best=best, best_value=torch.tensor([math.inf])))
+    begun = attack.step(model, inputs, attack.init(inputs))
+    state = attack.step(model, inputs, replace(begun, best=best, best_value=torch.tensor([math.inf])))
     assert state.iteration.tolist() == [2]  # the first checkpoint is behind it
     assert (state.support.tolist(), state.active.tolist()) == ([3], [2])
 
 
 def test_l1_where_two_are_left_one_moves_every_other_time() -> None:
-    model, problem = slopes(torch.tensor([0.3]))
+    model, inputs = slopes(torch.tensor([0.3]))
     attack = APGD(norm="l1", steps=30)
     best = torch.tensor([[0.1, 0.1] + [0.0] * 8])
-    state, active = attack.step(model, problem, attack.begin(problem)), []
+    state, active = attack.step(model, inputs, attack.init(inputs)), []
     for _ in range(4):
         still = replace(state, best=best, best_value=torch.tensor([math.inf]))
-        state = attack.step(model, problem, still)
+        state = attack.step(model, inputs, still)
         active += state.active.tolist()
     assert active == [1, 2, 1, 2]
 
@@ -226,22 +226,22 @@ class Wavy(nn.Module):
         return wavy(x)
 
 
-def wavy_problem(entries: int, eps: float, aimed: bool) -> Problem:
+def wavy_problem(entries: int, eps: float, aimed: bool) -> AttackInputs:
     """Four rows at a fixed place; `aimed` at the second likeliest class."""
     x = 0.5 + 0.5 * wave(4, entries, pace=0.9)
     y = wavy(x).argmax(1)
-    return problem_of(x, y, eps, losses.likeliest(wavy(x), y)[:, 1] if aimed else None)
+    return inputs_of(x, y, eps, losses.likeliest(wavy(x), y)[:, 1] if aimed else None)
 
 
-def from_start(attack: APGD, problem: Problem) -> list[Ascent]:
+def from_start(attack: APGD, inputs: AttackInputs) -> list[Ascent]:
     """The states of a run from a point on the boundary that is known to the last digit."""
     order = {"linf": math.inf, "l2": 2, "l1": 1}[attack.norm]
-    direction = wave(*problem.x.shape, pace=3.1)
-    radius = (3 if attack.large_eps else 1) * problem.eps[:, None]
-    start = (problem.x + radius * direction / direction.norm(p=order, dim=1, keepdim=True)).clamp(0, 1)
-    states = [replace(attack.begin(problem), point=start, previous=start)]
-    for _ in range(attack.rounds):
-        states.append(attack.step(Wavy(), problem, states[-1]))
+    direction = wave(*inputs.x.shape, pace=3.1)
+    radius = (3 if attack.large_eps else 1) * inputs.eps[:, None]
+    start = (inputs.x + radius * direction / direction.norm(p=order, dim=1, keepdim=True)).clamp(0, 1)
+    states = [replace(attack.init(inputs), point=start, previous=start)]
+    for _ in range(attack.num_steps):
+        states.append(attack.step(Wavy(), inputs, states[-1]))
     return states
 
 
@@ -316,11 +316,11 @@ def l1_search(
 @pytest.mark.parametrize("aimed", [False, True])
 def test_l1_asks_about_the_points_of_the_paper(aimed: bool, large_eps: bool) -> None:
     """Step by step, each row by itself."""
-    problem = wavy_problem(48, 2.0, aimed)
+    inputs = wavy_problem(48, 2.0, aimed)
     loss = losses.dlr_loss if aimed else losses.cross_entropy
-    states = from_start(APGD(norm="l1", steps=50, loss=loss, large_eps=large_eps), problem)
+    states = from_start(APGD(norm="l1", steps=50, loss=loss, large_eps=large_eps), inputs)
     for row in range(4):
-        alone = problem.rows(torch.tensor([row]))
+        alone = inputs.rows(torch.tensor([row]))
         ascended = alone.loss(loss)
 
         def ask(point: Tensor, ascended: Callable[[Tensor], Tensor] = ascended) -> tuple[float, Tensor]:
@@ -345,8 +345,8 @@ def test_reaches_the_worst_loss_of_the_ball(norm: Norm, large_eps: bool) -> None
     eps = torch.linspace(0.1, 2, 9, dtype=torch.float64)
     model = linear(weight, torch.tensor([0.3, -0.2]))
     attack = APGD(norm=norm, box=WIDE, large_eps=large_eps)
-    problem = problem_of(x, y, eps)
-    state = attack.run(model, problem)
+    inputs = inputs_of(x, y, eps)
+    state = attack.run(model, inputs)
     worst = losses.logit_margin(predicted(model, x), y) - eps * (weight[0] - weight[1]).norm(p=DUAL[norm])
     torch.testing.assert_close(losses.logit_margin(predicted(model, state.best), y), worst, rtol=0, atol=1e-6)
     assert torch.equal(state.broken, worst <= 0)
@@ -360,7 +360,7 @@ def test_reaches_the_worst_corner_of_ball_and_box() -> None:
     weight, y = drawn(2, 7), torch.arange(9) % 2
     x = torch.rand(9, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     corner = (x + 0.4 * (weight[1 - y] - weight[y]).sign()).clamp(0, 1)
-    state = APGD().run(linear(weight), problem_of(x, y, 0.4))
+    state = APGD().run(linear(weight), inputs_of(x, y, 0.4))
     torch.testing.assert_close(state.best, corner, rtol=0, atol=1e-9)
 
 
@@ -371,7 +371,7 @@ def test_is_at_least_as_strong_as_as_many_steps_of_pgd(norm: Norm, seed: int) ->
     x = torch.rand(40, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     y, eps = predicted(model, x).argmax(1), {"linf": 0.1, "l2": 0.25, "l1": 0.5}[norm]
     theirs = PGD(norm=norm, steps=100, keep="worst")(model, x, y, eps=eps)
-    state = APGD(norm=norm).run(model, problem_of(x, y, eps))
+    state = APGD(norm=norm).run(model, inputs_of(x, y, eps))
     assert theirs.success is not None
     assert 0 < theirs.success.sum() < 40
     assert state.broken.sum() >= theirs.success.sum()
@@ -383,13 +383,13 @@ def test_is_at_least_as_strong_as_as_many_steps_of_pgd(norm: Norm, seed: int) ->
 def test_keeps_the_first_mistake_even_if_a_later_one_is_worse() -> None:
     """On a line that is crossed early, later points have a higher loss; a row that was broken stays as it was."""
     model = linear(torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64), torch.tensor([0.2, 0.0]))
-    problem = problem_of(torch.zeros(6, 2, dtype=torch.float64), torch.zeros(6, dtype=torch.int64), 1.0)
+    inputs = inputs_of(torch.zeros(6, 2, dtype=torch.float64), torch.zeros(6, dtype=torch.int64), 1.0)
     attack = APGD(norm="l2", box=WIDE, steps=10)
-    state, first = attack.begin(problem), torch.full((6, 2), math.nan, dtype=torch.float64)
-    for _ in range(attack.rounds):
-        new = losses.misclassified(predicted(model, state.point), problem.y) & ~state.broken
+    state, first = attack.init(inputs), torch.full((6, 2), math.nan, dtype=torch.float64)
+    for _ in range(attack.num_steps):
+        new = losses.misclassified(predicted(model, state.point), inputs.y) & ~state.broken
         first = torch.where(new[:, None], state.point, first)
-        state = attack.step(model, problem, state)
+        state = attack.step(model, inputs, state)
     assert state.broken.all()
     assert torch.equal(state.kept, first)
     assert (state.best_value >= state.value).all()
@@ -399,14 +399,14 @@ def test_keeps_the_first_mistake_even_if_a_later_one_is_worse() -> None:
 def test_larger_radii_count_a_mistake_only_within_the_radius() -> None:
     """Beyond 0.5 all is class 1: out of reach at 0.4, though 3 eps goes there; at 0.6 within reach."""
     model = linear(torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64), torch.tensor([0.5, 0.0]))
-    problem = problem_of(torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), 1.0)
-    problem = replace(problem, eps=torch.tensor([0.4, 0.6], dtype=torch.float64))
+    inputs = inputs_of(torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), 1.0)
+    inputs = replace(inputs, eps=torch.tensor([0.4, 0.6], dtype=torch.float64))
     attack = APGD(norm="l1", box=WIDE, steps=20, large_eps=True)
-    state, reached = attack.begin(problem), torch.zeros(2, dtype=torch.float64)
-    for _ in range(attack.rounds):
-        reached = torch.maximum(reached, state.point.abs().sum(1) / problem.eps)
-        state = attack.step(model, problem, state)
-        assert (state.kept.abs().sum(1) <= problem.eps * (1 + 1e-9)).all()
+    state, reached = attack.init(inputs), torch.zeros(2, dtype=torch.float64)
+    for _ in range(attack.num_steps):
+        reached = torch.maximum(reached, state.point.abs().sum(1) / inputs.eps)
+        state = attack.step(model, inputs, state)
+        assert (state.kept.abs().sum(1) <= inputs.eps * (1 + 1e-9)).all()
     assert (reached > 2.9).all()
     assert state.broken.tolist() == [False, True]
 
@@ -417,11 +417,11 @@ def test_larger_radii_count_a_mistake_only_within_the_radius() -> None:
 def test_starts_on_the_boundary() -> None:
     x = torch.zeros(50, 3, 4, dtype=torch.float64)
     eps = torch.linspace(0.1, 3, 50, dtype=torch.float64)
-    problem = problem_of(x, torch.zeros(50, dtype=torch.int64), eps)
+    inputs = inputs_of(x, torch.zeros(50, dtype=torch.int64), eps)
     for norm in DUAL:
         attack = APGD(norm=norm, box=WIDE)
-        torch.testing.assert_close(geometry.norm(attack.begin(problem).point, norm), eps)
-    large = APGD(norm="l1", box=WIDE, large_eps=True).begin(problem)
+        torch.testing.assert_close(geometry.norm(attack.init(inputs).point, norm), eps)
+    large = APGD(norm="l1", box=WIDE, large_eps=True).init(inputs)
     torch.testing.assert_close(geometry.norm(large.point, "l1")[:20], 3 * eps[:20])
     assert torch.equal(large.kept, x)
 
@@ -431,20 +431,20 @@ def test_rows_at_different_iterations_do_what_they_do_alone(norm: Norm) -> None:
     """As an evaluation does: rows join a batch that is under way, and leave it."""
     model = network().eval()
     x = torch.rand(6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    problem = problem_of(x, predicted(model, x).argmax(1), 0.2)
+    inputs = inputs_of(x, predicted(model, x).argmax(1), 0.2)
     attack = APGD(norm=norm, steps=12, large_eps=norm == "l1")
-    alone = attack.run(model, problem)
-    early, late = problem.rows(torch.arange(3)), problem.rows(torch.arange(3, 6))
-    state = attack.begin(early)
+    alone = attack.run(model, inputs)
+    early, late = inputs.rows(torch.arange(3)), inputs.rows(torch.arange(3, 6))
+    state = attack.init(early)
     for _ in range(5):
         state = attack.step(model, early, state)
-    together, both = state.joined(attack.begin(late)), early.joined(late)
-    for _ in range(attack.rounds - 5):
+    together, both = state.joined(attack.init(late)), early.joined(late)
+    for _ in range(attack.num_steps - 5):
         together = attack.step(model, both, together)
     late_state = together.rows(torch.arange(3, 6))
     for _ in range(5):
         late_state = attack.step(model, late, late_state)
-    for name in ("kept", "value", "broken", "survived", "best", "best_value", "iteration", "spent"):
+    for name in ("kept", "value", "broken", "steps_survived", "best", "best_value", "iteration", "spent"):
         found = torch.cat([getattr(together, name)[:3], getattr(late_state, name)])
         torch.testing.assert_close(found, getattr(alone, name), rtol=0, atol=1e-9, msg=name)
 
@@ -454,8 +454,8 @@ def test_spends_a_forward_and_a_gradient_per_look_and_draw(large_eps: bool, look
     model = Counting(network().eval())
     x = torch.rand(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     attack = APGD(norm="l1", steps=12, draws=3, large_eps=large_eps)
-    state = attack.run(model, problem_of(x, predicted(model.inner, x).argmax(1), 0.1))
-    assert attack.rounds == looks
+    state = attack.run(model, inputs_of(x, predicted(model.inner, x).argmax(1), 0.1))
+    assert attack.num_steps == looks
     assert model.forwards == model.backwards == 4 * looks * 3
     assert state.spent.tolist() == [2 * looks * 3] * 4
 
@@ -485,8 +485,8 @@ class Holes(nn.Module):
 @each_norm
 def test_logits_that_are_no_numbers_leave_the_points_alone(norm: Norm) -> None:
     x = torch.zeros(8, 3, dtype=torch.float64)
-    problem = problem_of(x, torch.zeros(8, dtype=torch.int64), 0.5)
-    state = APGD(norm=norm, box=(-1.0, 1.0), steps=20).run(Holes(), problem)
+    inputs = inputs_of(x, torch.zeros(8, dtype=torch.int64), 0.5)
+    state = APGD(norm=norm, box=(-1.0, 1.0), steps=20).run(Holes(), inputs)
     for point in (state.kept, state.point, state.best):
         assert point.isfinite().all()
         assert (geometry.norm(point, norm) <= 0.5 + 1e-9).all()

@@ -30,7 +30,7 @@ def test_keep_decides_which_iterate_of_a_broken_sample_is_returned(keep: Any, po
     found = walk(keep=keep)(LINE, ORIGIN, ZERO, eps=1.0)
     assert found.x.item() == pytest.approx(point)
     assert found.success.tolist() == [True]
-    assert found.survived.tolist() == [4]
+    assert found.steps_survived.tolist() == [4]
 
 
 @pytest.mark.parametrize("keep", ["last", "worst", "first_flip"])
@@ -38,7 +38,7 @@ def test_keep_returns_the_furthest_iterate_of_an_unbroken_sample(keep: Any) -> N
     found = walk(keep=keep)(LINE, ORIGIN, ZERO, eps=0.3)
     assert found.x.item() == pytest.approx(0.3)
     assert found.success.tolist() == [False]
-    assert found.survived.tolist() == [6]
+    assert found.steps_survived.tolist() == [6]
 
 
 class Rightwards(torch.autograd.Function):
@@ -65,7 +65,7 @@ def highest_at_a_fifth(logits: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("keep", "eps", "point", "success", "survived"),
+    ("keep", "eps", "point", "success", "steps_survived"),
     [
         ("last", 1.0, 0.8, False, 5),
         ("worst", 1.0, 0.5, True, 5),
@@ -76,12 +76,12 @@ def highest_at_a_fifth(logits: Tensor, y: Tensor) -> Tensor:
     ],
 )
 def test_worst_prefers_a_flip_to_a_loss_and_last_forgets_both(
-    keep: Any, eps: float, point: float, success: bool, survived: int
+    keep: Any, eps: float, point: float, success: bool, steps_survived: int
 ) -> None:
     found = walk(steps=8, keep=keep, loss=highest_at_a_fifth)(March(), ORIGIN, ZERO, eps=eps)
     assert found.x.item() == pytest.approx(point)
     assert found.success.tolist() == [success]
-    assert found.survived.tolist() == [survived]
+    assert found.steps_survived.tolist() == [steps_survived]
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -104,7 +104,7 @@ def test_restarts_run_only_what_is_unbroken_and_keep_what_broke() -> None:
     assert once.success.tolist() == thrice.success.tolist() == [True, True, False]
     assert torch.equal(once.x, thrice.x)
     assert thrice.evaluations.tolist() == [11, 11, 33]
-    assert thrice.survived[2] == 3 * once.survived[2] == 15
+    assert thrice.steps_survived[2] == 3 * once.steps_survived[2] == 15
     assert counting.forwards + counting.backwards == 1 + 55
 
 

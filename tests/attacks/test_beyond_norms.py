@@ -15,7 +15,7 @@ from scipy.ndimage import affine_transform
 from torch import Tensor, nn
 
 from wideberth import attacks, losses
-from wideberth.attacks import NFGSM, Adversarial, Attack, Flow, Problem, Spatial, Wasserstein
+from wideberth.attacks import NFGSM, Adversarial, Attack, AttackInputs, Flow, Spatial, Wasserstein
 from wideberth.attacks.schedule import Schedule
 from wideberth.attacks.spatial import Flowing, roughness, sampled
 from wideberth.checks import Box, InputError
@@ -73,7 +73,7 @@ class Setting:
     def eps(self, row: Row) -> Tensor:
         return row.eps * (0.25 + self.index % 4 / 4)
 
-    def craft(self, row: Row, **options: Any) -> Adversarial:
+    def perturb(self, row: Row, **options: Any) -> Adversarial:
         box: Box = options.pop("box", (0.0, 1.0))
         given = {"eps": self.eps(row), "index": self.index} | options
         return replace(row.attack, box=box)(self.model, self.x, self.y, **given)
@@ -97,12 +97,12 @@ def setting(dtype: torch.dtype = torch.float64, box: Box = (0.0, 1.0)) -> Settin
 def test_every_exported_attack_without_a_ball_has_a_row() -> None:
     exported = [getattr(attacks, name) for name in attacks.__all__]
     kinds = {kind for kind in exported if inspect.isclass(kind) and issubclass(kind, Attack)}
-    assert {kind for kind in kinds if not kind.ball} == {type(row.attack) for row in TABLE}
+    assert {kind for kind in kinds if not kind.norm_bounded} == {type(row.attack) for row in TABLE}
 
 
 @every_attack
 def test_setting_has_samples_that_break_and_samples_that_hold(row: Row) -> None:
-    success = setting().craft(row).success
+    success = setting().perturb(row).success
     assert success is not None
     assert 3 <= success.sum() < BATCH - 2
 
@@ -113,11 +113,11 @@ def test_setting_has_samples_that_break_and_samples_that_hold(row: Row) -> None:
 def test_stays_inside_the_box_and_has_the_kind_of_the_input(row: Row, dtype: torch.dtype, box: Box) -> None:
     case = setting(dtype, box)
     for eps in (case.eps(row), 4 * row.eps):
-        found = case.craft(row, box=box, eps=eps)
+        found = case.perturb(row, box=box, eps=eps)
         assert torch.equal(found.x, found.x.clamp(*box))
         assert (found.x.dtype, found.x.shape) == (dtype, case.x.shape)
         assert not torch.equal(found.x, case.x)
-    for name, kind in {"success": torch.bool, "survived": torch.int64, "evaluations": torch.int64}.items():
+    for name, kind in {"success": torch.bool, "steps_survived": torch.int64, "evaluations": torch.int64}.items():
         value = getattr(found, name)
         assert (value.dtype, tuple(value.shape)) == (kind, (BATCH,))
 
@@ -126,12 +126,12 @@ def test_stays_inside_the_box_and_has_the_kind_of_the_input(row: Row, dtype: tor
 @every_attack
 def test_eps_zero_returns_the_input(row: Row, dtype: torch.dtype) -> None:
     case = setting(dtype)
-    found = case.craft(row, eps=0.0)
+    found = case.perturb(row, eps=0.0)
     assert torch.equal(found.x, case.x)
     assert found.success is not None
     assert torch.equal(found.success, losses.misclassified(predicted(case.model, case.x), case.y))
     mixed = torch.where(torch.arange(BATCH) % 3 > 0, 10 * row.eps, 0.0)
-    found = case.craft(row, eps=mixed)
+    found = case.perturb(row, eps=mixed)
     assert torch.equal(found.x[mixed == 0], case.x[mixed == 0])
     assert (found.x != case.x).flatten(1).any(1)[3:][mixed[3:] > 0].all()
 
@@ -144,7 +144,7 @@ def test_leaves_no_trace(row: Row) -> None:
     wanted = [p.requires_grad for p in case.model.parameters()]
     grads = [None if p.grad is None else p.grad.clone() for p in case.model.parameters()]
     x = case.x.clone()
-    found = case.craft(row)
+    found = case.perturb(row)
     assert [module.training for module in case.model.modules()] == flags
     assert all(torch.equal(value, state[name]) for name, value in case.model.state_dict().items())
     assert [p.requires_grad for p in case.model.parameters()] == wanted
@@ -158,12 +158,12 @@ def test_leaves_no_trace(row: Row) -> None:
 @every_attack
 def test_batches_do_not_matter(row: Row) -> None:
     case = setting()
-    together = case.craft(row)
+    together = case.perturb(row)
     order = torch.tensor([3, 9, 0, 5, 1, 2, 8, 7, 4, 6])
     for batch in (order, order[:4], order[4:5]):
-        found = case.rows(batch).craft(row)
+        found = case.rows(batch).perturb(row)
         torch.testing.assert_close(found.x, together.x[batch], rtol=0, atol=1e-9)
-        for name in ("success", "survived", "evaluations"):
+        for name in ("success", "steps_survived", "evaluations"):
             assert torch.equal(getattr(found, name), getattr(together, name)[batch]), name
 
 
@@ -173,16 +173,16 @@ def test_rows_at_different_iterations_share_a_batch(row: Row) -> None:
     if isinstance(row.attack, NFGSM):
         pytest.skip("what its one step leads to is seen by the judge alone: test_hunt")
     case = setting()
-    problem = Problem(case.x, case.y, case.eps(row).double(), Noise(case.index))
+    inputs = AttackInputs(case.x, case.y, case.eps(row).double(), Noise(case.index))
     attack = replace(row.attack, restarts=1)
     case.model.eval()
     try:
-        together = attack.run(case.model, problem)
-        schedule = Schedule(case.model, attack, problem, runs=1, batch_size=3)
+        together = attack.run(case.model, inputs)
+        schedule = Schedule(case.model, attack, inputs, runs=1, batch_size=3)
         while schedule.busy:
             for left in schedule.step():
                 assert torch.equal(left.state.broken, together.broken[left.rows])
-                assert torch.equal(left.state.survived, together.survived[left.rows])
+                assert torch.equal(left.state.steps_survived, together.steps_survived[left.rows])
                 held = ~left.state.broken
                 expected = together.kept[left.rows][held]
                 torch.testing.assert_close(left.state.kept[held], expected, rtol=0, atol=1e-9)
@@ -194,16 +194,16 @@ def test_rows_at_different_iterations_share_a_batch(row: Row) -> None:
 @every_attack
 def test_seed_decides_what_is_random(row: Row) -> None:
     case = setting()
-    found = case.craft(row, seed=3)
+    found = case.perturb(row, seed=3)
     torch.rand(5)
-    assert torch.equal(case.craft(row, seed=3).x, found.x)
-    assert torch.equal(case.craft(row, seed=4).x, found.x) is not row.random
+    assert torch.equal(case.perturb(row, seed=3).x, found.x)
+    assert torch.equal(case.perturb(row, seed=4).x, found.x) is not row.random
 
 
 @every_attack
 def test_success_is_what_the_model_says_again(row: Row) -> None:
     case = setting()
-    found = case.craft(row)
+    found = case.perturb(row)
     assert found.success is not None
     assert torch.equal(found.success, losses.misclassified(predicted(case.model, found.x), case.y))
 
@@ -212,7 +212,7 @@ def test_success_is_what_the_model_says_again(row: Row) -> None:
 def test_target_is_reached_where_it_says_so(row: Row) -> None:
     case = setting()
     target = (case.y + 1) % CLASSES
-    found = case.craft(row, target=target, eps=5 * row.eps)
+    found = case.perturb(row, target=target, eps=5 * row.eps)
     assert found.success is not None
     assert torch.equal(found.success, predicted(case.model, found.x).argmax(1) == target)
     assert found.success.any()
@@ -222,7 +222,7 @@ def test_target_is_reached_where_it_says_so(row: Row) -> None:
 def test_evaluations_are_the_forwards_and_backwards_made(row: Row) -> None:
     case = setting()
     counting = Counting(case.model)
-    found = replace(case, model=counting).craft(row)
+    found = replace(case, model=counting).perturb(row)
     assert found.evaluations.sum() == counting.forwards - 1 + counting.backwards
     if row.cost is not None:
         assert (found.evaluations == row.cost).all()
@@ -234,7 +234,7 @@ def test_constant_images_and_models_without_gradient_do_no_harm(row: Row, level:
     case = setting()
     flat = linear(torch.zeros(CLASSES, 40, dtype=torch.float64), torch.arange(CLASSES))
     for model, x in ((case.model, torch.full_like(case.x, level)), (flat, case.x)):
-        found = replace(case, model=model, x=x).craft(row).x
+        found = replace(case, model=model, x=x).perturb(row).x
         assert found.isfinite().all()
         assert torch.equal(found, found.clamp(0, 1))
 
@@ -432,10 +432,10 @@ def test_flow_of_a_ramp_reaches_the_best_displacement_of_every_pixel(eps: float)
 
 
 def flow_of(attack: Flow, weight: Tensor, eps: float) -> Tensor:
-    problem = Problem(
+    inputs = AttackInputs(
         ramp(), torch.zeros(1).long(), torch.tensor([eps], dtype=torch.float64), Noise(torch.zeros(1).long())
     )
-    state = attack.run(rising(weight), problem)
+    state = attack.run(rising(weight), inputs)
     assert isinstance(state, Flowing)
     return state.flow
 

@@ -187,7 +187,7 @@ class Setting:
     eps: Tensor
     index: Tensor
 
-    def craft(self, row: Row, norm: Norm, **options: Any) -> Adversarial:
+    def perturb(self, row: Row, norm: Norm, **options: Any) -> Adversarial:
         box: Box = options.pop("box", (0.0, 1.0))
         given = {"eps": self.eps, "index": self.index} | options
         return replace(row.attack, norm=norm, box=box)(self.model, self.x, self.y, **given)
@@ -234,14 +234,14 @@ def test_every_exported_attack_has_a_row() -> None:
     exported = [getattr(attacks, name) for name in attacks.__all__]
     kinds = {kind for kind in exported if inspect.isclass(kind) and issubclass(kind, Attack)}
     # Those whose eps is not the radius of a norm ball keep the other promises in test_beyond_norms.
-    held = {kind for kind in kinds if kind.ball and not inspect.isabstract(kind)}
+    held = {kind for kind in kinds if kind.norm_bounded and not inspect.isabstract(kind)}
     assert held == {type(row.attack) for row in TABLE}
 
 
 @every_attack
 def test_setting_has_samples_that_break_and_samples_that_hold(row: Row, norm: Norm) -> None:
     """Without both, most of the tests below would show nothing."""
-    success = setting(norm).craft(row, norm).success
+    success = setting(norm).perturb(row, norm).success
     assert success is not None
     assert 3 <= success.sum() < BATCH - 2
 
@@ -250,7 +250,7 @@ def test_setting_has_samples_that_break_and_samples_that_hold(row: Row, norm: No
 @every_attack
 def test_stays_inside_ball_and_box(row: Row, norm: Norm, dtype: torch.dtype) -> None:
     case = setting(norm, dtype)
-    found = case.craft(row, norm).x
+    found = case.perturb(row, norm).x
     assert_allowed(found, case.x, case.eps, norm)
     assert not torch.equal(found, case.x)
 
@@ -260,13 +260,13 @@ def test_stays_inside_ball_and_box(row: Row, norm: Norm, dtype: torch.dtype) -> 
 def test_stays_inside_a_box_whose_faces_no_float_meets_exactly(row: Row, norm: Norm, dtype: torch.dtype) -> None:
     box = (-0.3, 0.7)
     case = setting(norm, dtype, box=box)
-    assert_allowed(case.craft(row, norm, box=box).x, case.x, case.eps, norm, box)
+    assert_allowed(case.perturb(row, norm, box=box).x, case.x, case.eps, norm, box)
 
 
 @every_attack
 def test_uses_a_wider_box(row: Row, norm: Norm) -> None:
     case = setting(norm, box=(-1.0, 1.0))
-    found = case.craft(row, norm, box=(-1.0, 1.0)).x
+    found = case.perturb(row, norm, box=(-1.0, 1.0)).x
     assert_allowed(found, case.x, case.eps, norm, (-1.0, 1.0))
     assert (found != case.x)[case.x < 0].any()
 
@@ -275,9 +275,9 @@ def test_uses_a_wider_box(row: Row, norm: Norm) -> None:
 @every_attack
 def test_radius_zero_returns_the_input(row: Row, norm: Norm, dtype: torch.dtype) -> None:
     case = setting(norm, dtype)
-    assert torch.equal(case.craft(row, norm, eps=0.0).x, case.x)
+    assert torch.equal(case.perturb(row, norm, eps=0.0).x, case.x)
     mixed = torch.where(torch.arange(BATCH) % 3 > 0, 10.0, 0.0)
-    found = case.craft(row, norm, eps=mixed).x
+    found = case.perturb(row, norm, eps=mixed).x
     assert torch.equal(found[mixed == 0], case.x[mixed == 0])
     assert (found != case.x).flatten(1).any(1)[2:][mixed[2:] > 0].all()
 
@@ -286,9 +286,9 @@ def test_radius_zero_returns_the_input(row: Row, norm: Norm, dtype: torch.dtype)
 def test_each_row_has_its_own_radius(row: Row, norm: Norm) -> None:
     """A batch with (B,) radii is what each row gives alone with its number."""
     case = setting(norm)
-    together = case.craft(row, norm)
+    together = case.perturb(row, norm)
     for i in (0, 4, 7):
-        alone = case.rows([i]).craft(row, norm, eps=float(case.eps[i]))
+        alone = case.rows([i]).perturb(row, norm, eps=float(case.eps[i]))
         torch.testing.assert_close(alone.x[0], together.x[i], rtol=0, atol=1e-9)
 
 
@@ -301,7 +301,7 @@ def test_leaves_no_trace(row: Row, norm: Norm) -> None:
     wanted = [p.requires_grad for p in model.parameters()]
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     inputs = [value.clone() for value in (case.x, case.y, case.eps, case.index)]
-    case.craft(row, norm)
+    case.perturb(row, norm)
     assert [module.training for module in model.modules()] == flags
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == wanted
@@ -316,8 +316,8 @@ def test_leaves_no_trace(row: Row, norm: Norm) -> None:
 @every_attack
 def test_does_not_follow_a_graph_that_the_input_brings(row: Row, norm: Norm) -> None:
     case = setting(norm)
-    found = replace(case, x=case.x.clone().requires_grad_()).craft(row, norm)
-    assert torch.equal(found.x, case.craft(row, norm).x)
+    found = replace(case, x=case.x.clone().requires_grad_()).perturb(row, norm)
+    assert torch.equal(found.x, case.perturb(row, norm).x)
     assert not found.x.requires_grad
 
 
@@ -325,10 +325,10 @@ def test_does_not_follow_a_graph_that_the_input_brings(row: Row, norm: Norm) -> 
 @every_attack
 def test_result_has_the_kind_of_the_input(row: Row, norm: Norm, dtype: torch.dtype) -> None:
     case = setting(norm, dtype)
-    found = case.craft(row, norm)
+    found = case.perturb(row, norm)
     assert (found.x.dtype, found.x.device, found.x.shape) == (dtype, case.x.device, case.x.shape)
     assert not found.x.requires_grad
-    kinds = {"success": torch.bool, "survived": torch.int64, "evaluations": torch.int64, "iterates": torch.int64}
+    kinds = {"success": torch.bool, "steps_survived": torch.int64, "evaluations": torch.int64, "iterates": torch.int64}
     for name, kind in kinds.items():
         value = getattr(found, name)
         assert (value.dtype, tuple(value.shape)) == (kind, (BATCH,))
@@ -338,12 +338,12 @@ def test_result_has_the_kind_of_the_input(row: Row, norm: Norm, dtype: torch.dty
 @every_attack
 def test_the_rank_of_the_input_does_not_matter(row: Row, norm: Norm, shape: tuple[int, ...]) -> None:
     case = setting(norm, shape=shape)
-    found = case.craft(row, norm).x
+    found = case.perturb(row, norm).x
     assert found.shape == case.x.shape
     if row.shaped:
         assert_allowed(found, case.x, case.eps, norm)
         return
-    flat = replace(case, x=case.x.flatten(1)).craft(row, norm).x
+    flat = replace(case, x=case.x.flatten(1)).perturb(row, norm).x
     torch.testing.assert_close(found.flatten(1), flat, rtol=0, atol=1e-12)
 
 
@@ -351,28 +351,28 @@ def test_the_rank_of_the_input_does_not_matter(row: Row, norm: Norm, shape: tupl
 def test_batches_do_not_matter(row: Row, norm: Norm) -> None:
     """Neither the order of the rows nor who else is in the batch, as long as the index goes with the row."""
     case = setting(norm)
-    together = case.craft(row, norm)
+    together = case.perturb(row, norm)
     order = torch.tensor([3, 9, 0, 5, 1, 2, 8, 7, 4, 6])
     for batch in (order, order[:4], order[4:5]):
-        found = case.rows(batch).craft(row, norm)
+        found = case.rows(batch).perturb(row, norm)
         torch.testing.assert_close(found.x, together.x[batch], rtol=0, atol=1e-9)
-        for name in ("success", "survived", "evaluations"):
+        for name in ("success", "steps_survived", "evaluations"):
             assert torch.equal(getattr(found, name), getattr(together, name)[batch]), name
 
 
 @every_attack
 def test_seed_decides_what_is_random(row: Row, norm: Norm) -> None:
     case = setting(norm)
-    found = case.craft(row, norm, seed=3)
+    found = case.perturb(row, norm, seed=3)
     torch.rand(5)
-    assert torch.equal(case.craft(row, norm, seed=3).x, found.x)
-    assert torch.equal(case.craft(row, norm, seed=4).x, found.x) is not row.random
+    assert torch.equal(case.perturb(row, norm, seed=3).x, found.x)
+    assert torch.equal(case.perturb(row, norm, seed=4).x, found.x) is not row.random
 
 
 @every_attack
 def test_success_is_what_the_model_says_again(row: Row, norm: Norm) -> None:
     case = setting(norm)
-    found = case.craft(row, norm)
+    found = case.perturb(row, norm)
     assert found.success is not None
     assert torch.equal(found.success, losses.misclassified(predicted(case.model, found.x), case.y))
 
@@ -381,7 +381,7 @@ def test_success_is_what_the_model_says_again(row: Row, norm: Norm) -> None:
 def test_target_is_reached_where_it_says_so(row: Row, norm: Norm) -> None:
     case = setting(norm)
     target = (case.y + 1) % CLASSES
-    found = case.craft(row, norm, target=target, eps=4 * case.eps)
+    found = case.perturb(row, norm, target=target, eps=4 * case.eps)
     logits = predicted(case.model, found.x)
     assert found.success is not None
     assert torch.equal(found.success, logits.argmax(1) == target)
@@ -392,9 +392,9 @@ def test_target_is_reached_where_it_says_so(row: Row, norm: Norm) -> None:
 @every_attack
 def test_unjudged_result_is_the_same_and_says_less(row: Row, norm: Norm) -> None:
     case = setting(norm)
-    judged, unjudged = case.craft(row, norm), case.craft(row, norm, judge=False)
+    judged, unjudged = case.perturb(row, norm), case.perturb(row, norm, judge=False)
     assert torch.equal(judged.x, unjudged.x)
-    assert torch.equal(judged.survived, unjudged.survived)
+    assert torch.equal(judged.steps_survived, unjudged.steps_survived)
     if row.judges:
         assert unjudged.success is not None
         assert torch.equal(judged.success, unjudged.success)
@@ -407,7 +407,7 @@ def test_unjudged_result_is_the_same_and_says_less(row: Row, norm: Norm) -> None
 def test_evaluations_are_the_forwards_and_backwards_made(row: Row, norm: Norm, judge: bool) -> None:
     case = setting(norm)
     counting = Counting(case.model)
-    found = replace(case, model=counting).craft(row, norm, judge=judge)
+    found = replace(case, model=counting).perturb(row, norm, judge=judge)
     probe = 1  # one row, to see what kind of output the model has
     assert found.evaluations.sum() == counting.forwards - probe + counting.backwards
     if row.fixed_cost is not None:
@@ -417,9 +417,9 @@ def test_evaluations_are_the_forwards_and_backwards_made(row: Row, norm: Norm, j
 @every_attack
 def test_survived_counts_the_iterates_before_the_flip(row: Row, norm: Norm) -> None:
     case = setting(norm)
-    found = case.craft(row, norm, eps=0.0)
-    held = found.survived[2:]
-    assert found.survived.tolist()[:2] == [0, 0]
+    found = case.perturb(row, norm, eps=0.0)
+    held = found.steps_survived[2:]
+    assert found.steps_survived.tolist()[:2] == [0, 0]
     assert (held <= found.iterates[2:]).all()
     if row.even:
         assert held.tolist() == [held[0].item()] * (BATCH - 2)
@@ -435,8 +435,8 @@ def test_constant_inputs(row: Row, norm: Norm, level: float) -> None:
     case = setting(norm)
     x = torch.full_like(case.x, level)
     # What looks for the smallest perturbation returns the input where there is none within the radius.
-    eps = 8 * case.eps if row.attack.minimal else case.eps
-    found = replace(case, x=x).craft(row, norm, eps=eps).x
+    eps = 8 * case.eps if row.attack.minimum_norm else case.eps
+    found = replace(case, x=x).perturb(row, norm, eps=eps).x
     assert_allowed(found, x, eps, norm)
     assert not torch.equal(found, x)
 
@@ -445,14 +445,14 @@ def test_constant_inputs(row: Row, norm: Norm, level: float) -> None:
 @every_attack
 def test_radius_larger_than_the_box(row: Row, norm: Norm, dtype: torch.dtype) -> None:
     case = setting(norm, dtype)
-    assert_allowed(case.craft(row, norm, eps=100.0).x, case.x, 100.0, norm)
+    assert_allowed(case.perturb(row, norm, eps=100.0).x, case.x, 100.0, norm)
 
 
 @every_attack
 def test_model_without_gradient_to_follow(row: Row, norm: Norm) -> None:
     case = setting(norm)
     flat = linear(torch.zeros(CLASSES, FEATURES, dtype=torch.float64), torch.arange(CLASSES))
-    found = replace(case, model=flat).craft(row, norm)
+    found = replace(case, model=flat).perturb(row, norm)
     assert_allowed(found.x, case.x, case.eps, norm)
     assert found.success is not None
     assert torch.equal(found.success, case.y != CLASSES - 1)
@@ -463,7 +463,7 @@ def test_two_classes(row: Row, norm: Norm) -> None:
     if row.classes > 2:
         pytest.skip("a ratio that needs more classes, and says so: test_losses")
     case = setting(norm, classes=2)
-    found = case.craft(row, norm)
+    found = case.perturb(row, norm)
     assert_allowed(found.x, case.x, case.eps, norm)
     assert found.success is not None
     assert torch.equal(found.success, predicted(case.model, found.x).argmax(1) != case.y)

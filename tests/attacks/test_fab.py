@@ -9,7 +9,7 @@ from boundary_oracles import CLOSE, NORMS, UNIT, WIDE, TwoBoundaries, affine, ki
 from torch import Tensor
 
 from wideberth import losses
-from wideberth.attacks import FAB, Problem
+from wideberth.attacks import FAB, AttackInputs
 from wideberth.attacks.schedule import Schedule
 from wideberth.checks import InputError, Norm
 from wideberth.margins import effective_margin
@@ -116,18 +116,18 @@ def test_misclassified_input_is_its_own_nearest_mistake(norm: Norm) -> None:
     case = affine(norm, WIDE, 8)
     found = smallest(FAB(norm=norm, box=WIDE, steps=5), case.model, case.x, (case.y + 1) % 5)
     assert torch.equal(found.x, case.x)
-    assert found.survived.eq(0).all()
+    assert found.steps_survived.eq(0).all()
 
 
 @pytest.mark.parametrize("eps", [1.2, float("inf")])
 @each_norm
 def test_restarts_find_a_boundary_that_the_first_run_does_not_see(norm: Norm, eps: float) -> None:
     x = torch.zeros(16, 2, dtype=torch.float64)
-    problem = Problem(x, torch.zeros(16).long(), torch.full((16,), eps).double(), Noise(torch.arange(16)))
+    inputs = AttackInputs(x, torch.zeros(16).long(), torch.full((16,), eps).double(), Noise(torch.arange(16)))
     model = TwoBoundaries()
-    once = FAB(norm=norm, box=WIDE, steps=40).craft(model, problem)
+    once = FAB(norm=norm, box=WIDE, steps=40).perturb(model, inputs)
     assert_near(lengths(once, x, norm), torch.full((16,), model.far, dtype=torch.float64), norm)
-    often = FAB(norm=norm, box=WIDE, steps=40, restarts=12).craft(model, problem)
+    often = FAB(norm=norm, box=WIDE, steps=40, restarts=12).perturb(model, inputs)
     assert_near(lengths(often, x, norm), torch.full((16,), model.near, dtype=torch.float64), norm)
 
 
@@ -137,9 +137,9 @@ def test_restarts_begin_at_random_points_of_their_own() -> None:
     attack = FAB(norm="l2", restarts=3)
 
     def second(run: int, seed: int) -> Tensor:
-        problem = Problem(case.x, case.y, torch.full((6,), 0.5).double(), Noise(torch.arange(6), seed))
-        problem = attack.prepared(problem, torch.full((6,), run), None)
-        state = attack.step(case.model, problem, attack.begin(problem))
+        inputs = AttackInputs(case.x, case.y, torch.full((6,), 0.5).double(), Noise(torch.arange(6), seed))
+        inputs = attack.prepared(inputs, torch.full((6,), run), None)
+        state = attack.step(case.model, inputs, attack.init(inputs))
         reach = torch.minimum(affine("l2", UNIT, 6).distance, torch.tensor(0.25))
         if run:
             assert ((state.point - case.x).norm(dim=1) <= reach * (1 + 1e-9)).all()
@@ -151,18 +151,18 @@ def test_restarts_begin_at_random_points_of_their_own() -> None:
     assert (second(1, 1) != second(2, 1)).any(1).all()
 
 
-@pytest.mark.parametrize("abreast", [1, 3])
+@pytest.mark.parametrize("parallel_restarts", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"restarts": 3}, {"targets": 2, "restarts": 2}], ids=str)
-def test_a_schedule_that_refills_finds_the_same(options: dict[str, int], abreast: int) -> None:
+def test_a_schedule_that_refills_finds_the_same(options: dict[str, int], parallel_restarts: int) -> None:
     """Rows at different steps, restarts and targets share batches of four."""
     x, model = torch.rand(10, 6, generator=torch.Generator().manual_seed(0)).double(), network().eval()
     y = predicted(model, x).argmax(1)
     attack = FAB(norm="l2", steps=6, **options)
-    problem = Problem(x, y, torch.full((10,), float("inf")).double(), Noise(torch.arange(10), 3))
-    whole = attack.craft(model, problem)
+    inputs = AttackInputs(x, y, torch.full((10,), float("inf")).double(), Noise(torch.arange(10), 3))
+    whole = attack.perturb(model, inputs)
     likely = losses.likeliest(predicted(model, x), y)
     runs = len(attack.runs(4))
-    order = Schedule(model, attack, problem, runs=runs, batch_size=4, likely=likely, abreast=abreast)
+    order = Schedule(model, attack, inputs, runs=runs, batch_size=4, likely=likely, parallel_restarts=parallel_restarts)
     best, kept = torch.full((10,), float("-inf")).double(), x.clone()
     while order.busy:
         for left in order.step():

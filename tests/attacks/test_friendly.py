@@ -8,7 +8,7 @@ from attack_oracles import linear
 from torch import Tensor, nn
 
 from wideberth.attacks import PGD
-from wideberth.attacks.friendly import EarlyStoppedPGD
+from wideberth.attacks.early_stopped import EarlyStoppedPGD
 from wideberth.checks import InputError
 
 WIDE = (-10.0, 10.0)

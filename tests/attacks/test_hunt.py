@@ -34,11 +34,11 @@ from wideberth.attacks import (
     PMA,
     Adversarial,
     Attack,
+    AttackInputs,
     CarliniWagner,
     DeepFool,
     EarlyStoppedPGD,
     Flow,
-    Problem,
     RandomNoise,
     ScaledStep,
     Spatial,
@@ -48,7 +48,7 @@ from wideberth.attacks import (
 from wideberth.attacks.schedule import Schedule
 from wideberth.checks import Box, InputError
 from wideberth.evaluation.verify import inside
-from wideberth.modes import borrowed
+from wideberth.modes import lent
 from wideberth.randomness import Noise
 
 CASES = os.environ.get("WIDEBERTH_HUNT")
@@ -249,7 +249,7 @@ class Case:
         judge: as in the call.
         dense: whether the inputs lie in memory row after row.
         slots: of the schedule.
-        abreast: runs of a row side by side in it.
+        parallel_restarts: runs of a row side by side in it.
     """
 
     attack: Attack
@@ -265,7 +265,7 @@ class Case:
     judge: bool
     dense: bool
     slots: int
-    abreast: int
+    parallel_restarts: int
 
     def drawn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
@@ -307,31 +307,31 @@ class Case:
         return losses.predictions(self.asked(self.x)) if self.right else any_class
 
     @cached_property
-    def problem(self) -> Problem:
+    def problem(self) -> AttackInputs:
         eps = geometry.per_sample(torch.tensor(self.eps, dtype=torch.float64), self.x)
         index = 100 + 7 * torch.arange(len(self.rows))
         target = (self.y + 1 + self.seed % 2) % self.classes if self.aimed else None
-        return Problem(self.x, self.y, eps, Noise(index, self.seed), target)
+        return AttackInputs(self.x, self.y, eps, Noise(index, self.seed), target)
 
     def asked(self, x: Tensor) -> Tensor:
         """Logits in eval mode, without a trace."""
-        with borrowed(self.model), torch.no_grad():
+        with lent(self.model), torch.no_grad():
             logits: Tensor = self.model.inner(x)
         return logits
 
-    def craft(self, rows: list[int] | None = None) -> Adversarial:
-        """Of all rows or some; an infinite radius, which a call refuses, is what an evaluation gives a problem."""
-        problem = self.problem if rows is None else self.problem.rows(torch.tensor(rows))
-        if problem.eps.isinf().any():
-            with borrowed(self.model):
-                return self.attack.craft(self.model, problem, judge=self.judge)
+    def perturb(self, rows: list[int] | None = None) -> Adversarial:
+        """Of all rows or some; an infinite radius, which a call refuses, is what an evaluation gives a inputs."""
+        inputs = self.problem if rows is None else self.inputs.rows(torch.tensor(rows))
+        if inputs.eps.isinf().any():
+            with lent(self.model):
+                return self.attack.perturb(self.model, inputs, judge=self.judge)
         return self.attack(
             self.model,
-            problem.x,
-            problem.y,
-            eps=problem.eps,
-            index=problem.noise.index,
-            target=problem.target,
+            inputs.x,
+            inputs.y,
+            eps=inputs.eps,
+            index=inputs.noise.index,
+            target=inputs.target,
             seed=self.seed,
             judge=self.judge,
         )
@@ -346,7 +346,7 @@ def cases(draw: st.DrawFn) -> Case:
         box = draw(of(box, box, box, (-INFINITE, INFINITE)))
     attack = replace(attack, box=box)
     least = 4 if getattr(attack, "loss", None) is losses.dlr_loss else 2
-    radii = (*RADII, INFINITE) if attack.minimal else RADII
+    radii = (*RADII, INFINITE) if attack.minimum_norm else RADII
     seed, batch = draw(st.integers(0, 9999)), draw(of(1, 2, 3, 5, 9))
     # Not drawn one by one: of what repeats, hypothesis makes variations for most of its examples.
     chance = random.Random(seed)
@@ -355,7 +355,7 @@ def cases(draw: st.DrawFn) -> Case:
         attack=attack,
         zoo=draw(of(*ZOO)),
         seed=seed,
-        shape=draw(of(*[shape for shape in SHAPES if attack.ball or len(shape) == 3])),
+        shape=draw(of(*[shape for shape in SHAPES if attack.norm_bounded or len(shape) == 3])),
         dtype=draw(of(torch.float64, torch.float64, torch.float32, torch.bfloat16)),
         classes=draw(of(*[classes for classes in (2, 3, 5, 10) if classes >= least])),
         rows=tuple(chance.choices(("random", "random", "edges", "edges", "middle", "low", "high"), k=batch)),
@@ -365,7 +365,7 @@ def cases(draw: st.DrawFn) -> Case:
         judge=draw(of(True, True, False)),
         dense=draw(of(True, True, False)),
         slots=draw(of(1, 2, 3, 4)),
-        abreast=draw(of(1, 2, 3)),
+        parallel_restarts=draw(of(1, 2, 3)),
     )
 
 
@@ -383,25 +383,25 @@ def trace(model: nn.Module) -> list[Any]:
 def assert_same(one: Adversarial, other: Adversarial, atol: float = 0) -> None:
     torch.testing.assert_close(one.x, other.x, rtol=0, atol=atol)
     assert (one.success is None) == (other.success is None)
-    for name in ("success", "survived", "evaluations"):
+    for name in ("success", "steps_survived", "evaluations"):
         if getattr(one, name) is not None:
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def broken(case: Case) -> Tensor:
     """Which rows an evaluation breaks, (B,) bool: by continuous batching, each ended run judged as a verdict does."""
-    attack, problem = case.attack, case.problem
+    attack, inputs = case.attack, case.problem
     likely = None if case.aimed or not attack.targets else losses.likeliest(case.asked(case.x), case.y)
-    found = torch.zeros_like(problem.y, dtype=torch.bool)
+    found = torch.zeros_like(inputs.y, dtype=torch.bool)
     count = attack.restarts if likely is None else len(attack.runs(case.classes))
-    with borrowed(case.model):
-        shape = {"runs": count, "batch_size": case.slots, "abreast": case.abreast}
-        schedule = Schedule(case.model, attack, problem, likely=likely, **shape)
+    with lent(case.model):
+        shape = {"runs": count, "batch_size": case.slots, "parallel_restarts": case.parallel_restarts}
+        schedule = Schedule(case.model, attack, inputs, likely=likely, **shape)
         while schedule.busy:
             for left in schedule.step():
-                part, points = problem.rows(left.rows), attack.candidate(left.state)
-                wrong = part.achieved(case.asked(points))
-                if attack.ball:
+                part, points = inputs.rows(left.rows), attack.result(left.state)
+                wrong = part.goal_reached(case.asked(points))
+                if attack.norm_bounded:
                     wrong &= inside(part.x, points, part.eps, attack.norm, attack.box)
                 found[left.rows] |= wrong
                 schedule.judged(left, ~wrong | part.eps.isinf())
@@ -410,21 +410,25 @@ def broken(case: Case) -> Tensor:
 
 def check(case: Case) -> None:
     """Every contract that the case has anything to say about."""
-    attack, x, eps, model = case.attack, case.x, case.problem.eps, case.model
+    attack, x, eps, model = case.attack, case.x, case.inputs.eps, case.model
     before, given = trace(model), [x.clone(), case.y.clone(), eps.clone()]
     if case.zoo == "no graph" and attack.needs_gradient:
         with pytest.raises(InputError, match="carries no gradient"):
-            case.craft()
+            case.perturb()
         return
-    found = case.craft()
+    found = case.perturb()
     spent = model.forwards + model.backwards - (1 if eps.isfinite().all() else 0)  # the look at one row
 
     # The kind of the answer.
     assert (found.x.shape, found.x.dtype, found.x.requires_grad) == (x.shape, x.dtype, False)
     assert found.success is not None or not (case.judge or attack.judges)
-    for value, kind in ((found.success, torch.bool), (found.survived, torch.int64), (found.evaluations, torch.int64)):
+    for value, kind in (
+        (found.success, torch.bool),
+        (found.steps_survived, torch.int64),
+        (found.evaluations, torch.int64),
+    ):
         assert value is None or (value.dtype, tuple(value.shape)) == (kind, (len(x),))
-    assert ((found.survived >= 0) & (found.survived <= found.iterates)).all()
+    assert ((found.steps_survived >= 0) & (found.steps_survived <= found.iterates)).all()
     assert (found.evaluations > 0).all()
     assert found.evaluations.sum() == spent
 
@@ -432,23 +436,23 @@ def check(case: Case) -> None:
     assert found.x.isfinite().all()
     assert torch.equal(found.x, found.x.clamp(*attack.box))
     assert torch.equal(found.x[eps == 0], x[eps == 0])
-    if attack.ball:
+    if attack.norm_bounded:
         assert inside(x, found.x, eps, attack.norm, attack.box).all()
 
     # What is said of them.
     if found.success is not None:
-        assert torch.equal(found.success, case.problem.achieved(case.asked(found.x)))
-        if attack.minimal:
+        assert torch.equal(found.success, case.inputs.goal_reached(case.asked(found.x)))
+        if attack.minimum_norm:
             assert torch.equal(found.x[~found.success], x[~found.success])
 
     # No trace, and nothing that depends on what was before or who else is there.
     for was, now in zip(before + given, [*trace(model), x, case.y, eps], strict=True):
         assert torch.equal(now, was)
-    assert_same(case.craft(), found)
+    assert_same(case.perturb(), found)
     row = case.seed % len(x)
     if case.dtype == torch.float64:
         part = Adversarial(*(None if v is None else v[[row]] for v in vars(found).values()))
-        assert_same(case.craft([row]), part, atol=1e-9)
+        assert_same(case.perturb([row]), part, atol=1e-9)
 
     # An evaluation breaks the same rows; what keeps the last point passes by mistakes that an evaluation stops at.
     if found.success is not None:
@@ -501,5 +505,5 @@ def test_no_contract_is_broken(case: Case) -> None:
     ids=["rounding taken for progress", "a stride by a gradient of rounding"],
 )
 def test_what_was_broken_once_is_not_again(found: dict[str, Any]) -> None:
-    rest = {"aimed": False, "right": True, "judge": True, "dense": True, "slots": 1, "abreast": 1}
+    rest = {"aimed": False, "right": True, "judge": True, "dense": True, "slots": 1, "parallel_restarts": 1}
     check(Case(dtype=torch.float64, classes=2, **found, **rest))

@@ -12,9 +12,9 @@ from attack_oracles import linear, predicted
 from torch import Tensor, nn
 
 from wideberth import geometry
-from wideberth.attacks import DDN, FMN, Adversarial, Attack, CarliniWagner, Problem, State
+from wideberth.attacks import DDN, FMN, Adversarial, Attack, AttackInputs, AttackState, CarliniWagner
 from wideberth.checks import Box, InputError, Norm
-from wideberth.modes import borrowed
+from wideberth.modes import lent
 from wideberth.randomness import Noise
 
 FEATURES = 12
@@ -105,14 +105,14 @@ def samples(kind: str, norm: Norm) -> Case:
     return Case(model, x[chosen], y[chosen], near[chosen, 0])
 
 
-def problem_of(x: Tensor, y: Tensor, eps: float = float("inf")) -> Problem:
-    return Problem(x, y, geometry.per_sample(eps, x), Noise(torch.arange(len(x))))
+def inputs_of(x: Tensor, y: Tensor, eps: float = float("inf")) -> AttackInputs:
+    return AttackInputs(x, y, geometry.per_sample(eps, x), Noise(torch.arange(len(x))))
 
 
 def search(attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> Adversarial:
     """The whole search, without a radius."""
-    with borrowed(model):
-        return attack.craft(model, problem_of(x, y))
+    with lent(model):
+        return attack.perturb(model, inputs_of(x, y))
 
 
 def distances(found: Tensor, x: Tensor, norm: Norm) -> Tensor:
@@ -202,17 +202,17 @@ def test_what_is_misclassified_already_needs_nothing(method: Method, norm: Norm)
     assert found.success is not None
     assert found.success.all()
     assert torch.equal(found.x, case.x)
-    assert found.survived.tolist() == [0] * 4
+    assert found.steps_survived.tolist() == [0] * 4
 
 
 @every_method
 def test_value_is_minus_the_distance_of_what_is_kept(method: Method, norm: Norm) -> None:
     case = samples("four classes", norm).rows(slice(6))
-    with borrowed(case.model):
-        state = replace(method.attack, norm=norm, box=WIDE).run(case.model, problem_of(case.x, case.y))
+    with lent(case.model):
+        state = replace(method.attack, norm=norm, box=WIDE).run(case.model, inputs_of(case.x, case.y))
     torch.testing.assert_close(-state.value, distances(state.kept, case.x, norm))
     # Most points of a search are on the right side or further away; each was counted until the first that was not.
-    assert ((state.survived > 0) & (state.survived < state.iteration)).all()
+    assert ((state.steps_survived > 0) & (state.steps_survived < state.iteration)).all()
 
 
 @every_method
@@ -220,23 +220,23 @@ def test_rows_at_different_stages_share_a_batch(method: Method, norm: Norm) -> N
     """Three rows begin, three join them 17 steps later, one leaves before all: each finds what it finds alone."""
     case = samples("four classes", norm).rows(slice(6))
     attack = replace(method.attack, norm=norm, box=WIDE)
-    problem = problem_of(case.x, case.y)
+    inputs = inputs_of(case.x, case.y)
     early, late = torch.arange(3), torch.arange(3, 6)
 
-    def stepped(state: State, part: Problem, steps: int) -> State:
+    def stepped(state: AttackState, part: AttackInputs, steps: int) -> AttackState:
         for _ in range(steps):
             state = attack.step(case.model, part, state)
         return state
 
-    with borrowed(case.model):
-        alone = [stepped(attack.begin(part), part, 90) for part in (problem.rows(early), problem.rows(late))]
-        first = stepped(attack.begin(problem.rows(early)), problem.rows(early), 17)
-        both = first.joined(attack.begin(problem.rows(late)))
-        both = stepped(both, problem, 73)
+    with lent(case.model):
+        alone = [stepped(attack.init(part), part, 90) for part in (inputs.rows(early), inputs.rows(late))]
+        first = stepped(attack.init(inputs.rows(early)), inputs.rows(early), 17)
+        both = first.joined(attack.init(inputs.rows(late)))
+        both = stepped(both, inputs, 73)
         rest = torch.tensor([5, 3, 4])
-        rest_state = stepped(both.rows(rest), problem.rows(rest), 17)
+        rest_state = stepped(both.rows(rest), inputs.rows(rest), 17)
     assert both.iteration.tolist() == [90] * 3 + [73] * 3
-    for name in ("kept", "value", "point", "spent", "survived"):
+    for name in ("kept", "value", "point", "spent", "steps_survived"):
         torch.testing.assert_close(getattr(both, name)[:3], getattr(alone[0], name))
         torch.testing.assert_close(getattr(rest_state, name), getattr(alone[1], name)[rest - 3])
 
@@ -292,10 +292,10 @@ def test_ddn_rounds_to_levels_where_asked() -> None:
 def test_ddn_changes_length_by_gamma_and_nothing_else() -> None:
     """Before the first success every point is 1.05 times as far away as the last one was."""
     case = samples("two classes", "l2").rows(slice(3))
-    attack, problem = DDN(box=WIDE, init_eps=0.01), problem_of(case.x, case.y)
-    state = attack.begin(problem)
+    attack, inputs = DDN(box=WIDE, init_eps=0.01), inputs_of(case.x, case.y)
+    state = attack.init(inputs)
     for k in range(5):
-        state = attack.step(case.model, problem, state)
+        state = attack.step(case.model, inputs, state)
         far = distances(state.point, case.x, "l2")
         torch.testing.assert_close(far, torch.full_like(far, 0.01 * 1.05 ** (k + 1)))
 
@@ -303,12 +303,12 @@ def test_ddn_changes_length_by_gamma_and_nothing_else() -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_fmn_projection_only_shortens(norm: Norm) -> None:
     """A projection that scales everything to the sphere would lengthen what is inside."""
-    attack, problem = FMN(norm=norm, box=WIDE), problem_of(torch.full((1, 4), 0.5, dtype=torch.float64), torch.zeros(1))
+    attack, inputs = FMN(norm=norm, box=WIDE), inputs_of(torch.full((1, 4), 0.5, dtype=torch.float64), torch.zeros(1))
     delta = torch.tensor([[0.1, -0.05, 0.0, 0.02]], dtype=torch.float64)
-    inside = attack.placed(problem, delta, torch.tensor([1.0], dtype=torch.float64))
-    torch.testing.assert_close(inside - problem.x, delta)
-    outside = attack.placed(problem, 100 * delta, torch.tensor([1.0], dtype=torch.float64))
-    torch.testing.assert_close(distances(outside, problem.x, norm), torch.ones(1, dtype=torch.float64))
+    inside = attack.placed(inputs, delta, torch.tensor([1.0], dtype=torch.float64))
+    torch.testing.assert_close(inside - inputs.x, delta)
+    outside = attack.placed(inputs, 100 * delta, torch.tensor([1.0], dtype=torch.float64))
+    torch.testing.assert_close(distances(outside, inputs.x, norm), torch.ones(1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -361,7 +361,7 @@ def test_carlini_wagner_gives_up_row_by_row() -> None:
     # A look at 15 and at 30 steps shows no progress: two rates, six searches.
     assert together.evaluations[3] <= 2 * 6 * 32
     assert (together.evaluations[:3] > 2 * together.evaluations[3]).all()
-    assert (together.evaluations <= 2 * attack.rounds).all()
+    assert (together.evaluations <= 2 * attack.num_steps).all()
 
 
 def test_more_runs_of_the_same_are_refused() -> None:

@@ -11,9 +11,9 @@ from attack_oracles import linear, network, predicted
 from torch import Tensor, nn
 
 from wideberth import geometry, losses
-from wideberth.attacks.gradient import PGD, ScaledStep
-from wideberth.attacks.momentum import MIFGSM
-from wideberth.attacks.state import Problem
+from wideberth.attacks.mi_fgsm import MIFGSM
+from wideberth.attacks.pgd import PGD, ScaledStep
+from wideberth.attacks.state import AttackInputs
 from wideberth.checks import InputError, Norm
 from wideberth.randomness import Noise
 
@@ -46,11 +46,11 @@ def first_logit(logits: Tensor, y: Tensor) -> Tensor:
 def walked(attack: MIFGSM, gradients: list[list[float]], eps: float) -> list[Tensor]:
     """Where a row from the origin goes that meets these gradients."""
     x = torch.zeros(1, len(gradients[0]), dtype=torch.float64)
-    problem = Problem(x, torch.tensor([1]), torch.full((1,), eps, dtype=torch.float64), Noise(torch.arange(1)))
+    inputs = AttackInputs(x, torch.tensor([1]), torch.full((1,), eps, dtype=torch.float64), Noise(torch.arange(1)))
     attack, model = replace(attack, box=WIDE, loss=first_logit, steps=len(gradients)), Scripted(gradients)
-    state, points = attack.begin(problem), []
+    state, points = attack.init(inputs), []
     for _ in gradients:
-        state = attack.step(model, problem, state)
+        state = attack.step(model, inputs, state)
         points.append(state.point[0])
     return points
 
@@ -135,16 +135,16 @@ def test_rows_that_join_later_do_what_they_do_alone() -> None:
     model = network().eval()
     x = torch.rand(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     y, eps = predicted(model, x).argmax(1), torch.full((4,), 0.1, dtype=torch.float64)
-    problem = Problem(x, y, eps, Noise(torch.arange(4)))
+    inputs = AttackInputs(x, y, eps, Noise(torch.arange(4)))
     attack = MIFGSM(norm="l2", steps=6, keep="worst")
-    alone = attack.begin(problem)
+    alone = attack.init(inputs)
     for _ in range(6):
-        alone = attack.step(model, problem, alone)
-    early, late = problem.rows(torch.arange(2)), problem.rows(torch.arange(2, 4))
-    state = attack.begin(early)
+        alone = attack.step(model, inputs, alone)
+    early, late = inputs.rows(torch.arange(2)), inputs.rows(torch.arange(2, 4))
+    state = attack.init(early)
     for _ in range(3):
         state = attack.step(model, early, state)
-    state, both = state.joined(attack.begin(late)), early.joined(late)
+    state, both = state.joined(attack.init(late)), early.joined(late)
     for _ in range(3):
         state = attack.step(model, both, state)
     state = state.rows(torch.arange(2, 4))

@@ -7,7 +7,7 @@ import torch
 from attack_oracles import linear
 from torch import Tensor
 
-from wideberth.attacks.noise import RandomNoise
+from wideberth.attacks.random_noise import RandomNoise
 from wideberth.checks import InputError, Norm
 
 WIDE = (-10.0, 10.0)

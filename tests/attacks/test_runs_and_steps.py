@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wideberth import geometry
 from wideberth.attacks import MIFGSM, PGD, EarlyStoppedPGD
-from wideberth.attacks.state import Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.randomness import Noise
 
 ATTACKS = {
@@ -32,12 +32,12 @@ def test_a_run_is_its_steps(name: str, targeted: bool) -> None:
     model, x = network(4, 3).eval(), torch.rand(24, 4, dtype=torch.float64)
     y = model(x).detach().argmax(1)
     eps = torch.linspace(0, 0.5, 24, dtype=torch.float64)
-    problem = Problem(x, y, eps, Noise(torch.arange(24), 3), target=(y + 1) % 3 if targeted else None)
-    state = attack.begin(problem)
+    inputs = AttackInputs(x, y, eps, Noise(torch.arange(24), 3), target=(y + 1) % 3 if targeted else None)
+    state = attack.init(inputs)
     for _ in range(attack.steps):
-        state = attack.step(model, problem, state)
-    run = attack.run(model, problem, judge=False)
-    assert 0 < int((run.survived < attack.steps).sum()) < 24
+        state = attack.step(model, inputs, state)
+    run = attack.run(model, inputs, judge=False)
+    assert 0 < int((run.steps_survived < attack.steps).sum()) < 24
     for field in fields(run):
         # Three have no meaning before anyone judged the last point; l2 and l1 have no faces.
         if field.name not in ("kept", "value", "broken") and getattr(state, field.name) is not None:
@@ -88,9 +88,9 @@ def test_a_gradient_that_float32_cannot_hold_moves_a_float64_point_whatever_the_
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[200.0, 200.0, 200.0], [-200.0, -200.0, -200.0]]))
     x = torch.full((1, 3), 0.5, dtype=torch.float64)
-    problem = Problem(x, torch.tensor([0]), torch.tensor([0.25]), Noise(torch.arange(1)))
+    inputs = AttackInputs(x, torch.tensor([0]), torch.tensor([0.25]), Noise(torch.arange(1)))
     for norm, moved in (("linf", 0.25), ("l2", 0.25 / 3**0.5)):
-        run = PGD(norm=norm, steps=3, start="none").run(model, problem, judge=False)  # type: ignore[arg-type]
+        run = PGD(norm=norm, steps=3, start="none").run(model, inputs, judge=False)  # type: ignore[arg-type]
         torch.testing.assert_close(x - run.kept, torch.full_like(x, moved))
 
 
@@ -113,13 +113,13 @@ def test_a_model_may_answer_in_the_same_memory_every_time() -> None:
     model, x = network(4, 3).eval(), torch.rand(24, 4, dtype=torch.float64)
     y = model(x).detach().argmax(1)
     plain, reused = (PGD(steps=6)(m, x, y, eps=0.3) for m in (model, Reusing(model)))
-    assert 0 < int((plain.survived < 6).sum()) < 24
-    assert torch.equal(plain.survived, reused.survived)
+    assert 0 < int((plain.steps_survived < 6).sum()) < 24
+    assert torch.equal(plain.steps_survived, reused.steps_survived)
 
 
 def test_a_subclass_with_a_step_of_its_own_is_run_by_it() -> None:
     class Still(PGD):
-        def step(self, model: nn.Module, problem: Problem, state: State, loss: Any = None) -> State:
+        def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Any = None) -> AttackState:
             return replace(state, iteration=state.iteration + 1)
 
     x = torch.rand(2, 4, dtype=torch.float64)

@@ -10,10 +10,11 @@ from attack_oracles import linear, predicted
 from torch import Tensor, nn
 
 from wideberth import geometry, losses
-from wideberth.attacks import PGD, Problem, Square, square, windows
+from wideberth.attacks import PGD, AttackInputs, Square, square
+from wideberth.attacks import square_windows as windows
 from wideberth.attacks.schedule import Schedule
 from wideberth.attacks.square import _moved, _shortened
-from wideberth.attacks.state import Enclosed, State
+from wideberth.attacks.state import AttackState, ProjectedState
 from wideberth.checks import Box, InputError, Norm
 from wideberth.randomness import Noise
 
@@ -28,8 +29,8 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def problem(x: Tensor, y: Tensor, eps: float | Tensor, seed: int = 0) -> Problem:
-    return Problem(x, y, geometry.per_sample(eps, x), Noise(torch.arange(len(x)), seed))
+def problem(x: Tensor, y: Tensor, eps: float | Tensor, seed: int = 0) -> AttackInputs:
+    return AttackInputs(x, y, geometry.per_sample(eps, x), Noise(torch.arange(len(x)), seed))
 
 
 def indifferent(features: int) -> nn.Module:
@@ -37,10 +38,10 @@ def indifferent(features: int) -> nn.Module:
     return linear(torch.zeros(2, features, dtype=torch.float64), torch.tensor([1.0, 0.0]))
 
 
-def begun(attack: Square, shape: tuple[int, ...], batch: int = 8, eps: float = 0.1) -> tuple[Problem, State]:
+def begun(attack: Square, shape: tuple[int, ...], batch: int = 8, eps: float = 0.1) -> tuple[AttackInputs, AttackState]:
     x = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     given = problem(x, torch.zeros(batch, dtype=torch.int64), eps)
-    return given, attack.begin(given)
+    return given, attack.init(given)
 
 
 def extent(changed: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +137,7 @@ def stage_of(iteration: int, queries: int) -> Tensor:
 def test_linf_points_are_corners_of_ball_and_box_and_no_query_is_wasted(shape: tuple[int, ...]) -> None:
     attack = Square(queries=50, rescaled=True, ahead=2)
     given, state = begun(attack, shape)
-    assert isinstance(state, Enclosed)
+    assert isinstance(state, ProjectedState)
     low, high = state.low[:, None], state.high[:, None]
     model = linear(drawn(2, given.x[0].numel()))
     for _ in range(25):
@@ -152,13 +153,13 @@ def test_queries_that_would_repeat_the_incumbent_count_without_being_asked(chann
     """And no others: a window that is turned over for it was all at one face in each channel, and all of it moves."""
     attack = Square(queries=600, ahead=1)
     given, state = begun(attack, (channels, 12, 12), batch=32)
-    assert isinstance(state, Enclosed)
+    assert isinstance(state, ProjectedState)
     model = indifferent(channels * 144)
     saved = 0
-    while bool((state.iteration < attack.rounds).any()):
+    while bool((state.iteration < attack.num_steps).any()):
         before = state
         state = attack.step(model, given, state)
-        over = before.iteration >= attack.rounds
+        over = before.iteration >= attack.num_steps
         assert torch.equal(state.kept[over], before.kept[over])
         turned = state.iteration - before.iteration == 2
         saved += int(turned.sum())
@@ -170,7 +171,7 @@ def test_queries_that_would_repeat_the_incumbent_count_without_being_asked(chann
         at_top = (state.kept == state.high)[turned]
         assert ((at_top & moved).flatten(2).any(2) != (~at_top & moved).flatten(2).any(2)).all()
     assert saved > (100 if channels == 1 else 3)
-    assert state.survived.tolist() == [600] * 32
+    assert state.steps_survived.tolist() == [600] * 32
 
 
 def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +192,7 @@ def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(m
         assert torch.equal(iteration, searches[0][1])
 
 
-def smooth(norm: Norm, shape: tuple[int, ...]) -> tuple[nn.Module, Problem]:
+def smooth(norm: Norm, shape: tuple[int, ...]) -> tuple[nn.Module, AttackInputs]:
     """24 samples, some of which can be broken. Where a rectifier is off, rounding would tell equal values apart."""
     given, _ = begun(Square(), shape, batch=24)
     eps = torch.linspace(0, {"linf": 0.3, "l2": 2.0, "l1": 10.0}[norm], 24, dtype=torch.float64)
@@ -206,7 +207,7 @@ def test_runs_side_by_side_cost_the_same_whoever_is_there() -> None:
     (model, given), costs = smooth("linf", (3, 12, 12)), []
     for batch_size in (3, 200):
         attack, cost = Square(queries=60, rescaled=True, restarts=3), torch.zeros(24, dtype=torch.int64)
-        schedule = Schedule(model, attack, given, runs=3, batch_size=batch_size, abreast=3)
+        schedule = Schedule(model, attack, given, runs=3, batch_size=batch_size, parallel_restarts=3)
         while schedule.busy:
             for left in schedule.step():
                 cost.index_add_(0, left.rows, schedule.judged(left, ~left.state.broken))
@@ -228,7 +229,7 @@ def test_queries_at_once_find_what_they_find_one_after_the_other(
     for ahead in (1, 5):
         attack = Square(norm=norm, queries=150, rescaled=True, ahead=ahead)
         schedule = Schedule(model, attack, given, runs=1, batch_size=batch_size)
-        ends: dict[int, State] = {}
+        ends: dict[int, AttackState] = {}
         evaluations, refused = torch.zeros(24), torch.zeros(24, dtype=torch.bool)
         asked.clear()
         while schedule.busy:
@@ -241,7 +242,7 @@ def test_queries_at_once_find_what_they_find_one_after_the_other(
         searches.append((ends, evaluations, refused, len(asked)))
     (one, cost, again, often), (other, same, too, seldom) = searches
     for row in range(24):
-        for name in ("kept", "value", "broken", "survived", "iteration"):
+        for name in ("kept", "value", "broken", "steps_survived", "iteration"):
             torch.testing.assert_close(getattr(one[row], name), getattr(other[row], name), rtol=1e-6, atol=1e-7)
     assert 0 < again.sum() < 24
     assert torch.equal(again, too)
@@ -455,13 +456,13 @@ def test_a_broken_row_keeps_its_point(norm: Norm) -> None:
     x = torch.rand(20, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = linear(drawn(3, 36))
     given = problem(x, predicted(model, x).argmax(1), {"linf": 0.2, "l2": 0.8, "l1": 3.0}[norm])
-    state = attack.begin(given)
+    state = attack.init(given)
     for _ in range(80):
         before, state = state, attack.step(model, given, state)
         assert torch.equal(state.kept[before.broken], before.kept[before.broken])
-        assert torch.equal(state.survived[before.broken], before.survived[before.broken])
+        assert torch.equal(state.steps_survived[before.broken], before.steps_survived[before.broken])
     assert state.broken.any()
-    assert (state.survived[state.broken] < 80).all()
+    assert (state.steps_survived[state.broken] < 80).all()
 
 
 @each_norm
@@ -474,10 +475,10 @@ def test_rows_at_different_iterations_share_a_batch(norm: Norm) -> None:
         alone = attack.step(model, given, alone)
     first = torch.arange(6) < 3
     early, late = given.rows(first), given.rows(~first)
-    mixed = attack.begin(early)
+    mixed = attack.init(early)
     for _ in range(10):
         mixed = attack.step(model, early, mixed)
-    together, mixed = early.joined(late), mixed.joined(attack.begin(late))
+    together, mixed = early.joined(late), mixed.joined(attack.init(late))
     for _ in range(14):
         mixed = attack.step(model, together, mixed)
     torch.testing.assert_close(mixed.point[:3], alone.point[:3], rtol=0, atol=1e-12)
@@ -498,7 +499,7 @@ def test_every_query_lies_in_ball_and_box(norm: Norm, dtype: torch.dtype, box: B
     x = (low + (high - low) * x).to(dtype).clamp(*box)
     given = problem(x, torch.zeros(6, dtype=torch.int64), eps)
     model = linear(drawn(2, 147).to(dtype), torch.tensor([1e6, 0.0]))
-    state = attack.begin(given)
+    state = attack.init(given)
     for _ in range(20):
         distance = (state.points.double() - x.double()[:, None]).flatten(2).norm(p=ORDER[norm], dim=2)
         assert (distance <= given.eps.double()[:, None] * (1 + 1e-6)).all()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from wideberth import geometry, losses
-from wideberth.attacks import FGSM, PGD, Attack, Problem, Spatial, State
+from wideberth.attacks import FGSM, PGD, Attack, AttackInputs, Spatial, State
 from wideberth.checks import InputError, Norm
 from wideberth.data import InMemory, Split, Tensors
 from wideberth.evaluation import Evaluation, evaluate, verify
@@ -240,14 +240,14 @@ class Liar(Attack):
     lie: str = ""
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         return 1
 
-    def begin(self, problem: Problem) -> State:
-        return State.at(problem, problem.x)
+    def init(self, inputs: AttackInputs) -> State:
+        return State.at(inputs, inputs.x)
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: losses.Loss | None = None) -> State:
-        x, eps = problem.x, geometry.column(problem.eps, problem.x)
+    def step(self, model: nn.Module, inputs: AttackInputs, state: State, loss: losses.Loss | None = None) -> State:
+        x, eps = inputs.x, geometry.column(inputs.eps, inputs.x)
         told = {
             "outside the ball": x + 3 * eps,
             "just outside the ball": x + eps * (1 + 1e-4),
@@ -257,7 +257,7 @@ class Liar(Attack):
             "the truth": x + eps,
             "the truth, denied": x + eps,
         }[self.lie]
-        broken = torch.full_like(problem.y, self.lie != "the truth, denied", dtype=torch.bool)
+        broken = torch.full_like(inputs.y, self.lie != "the truth, denied", dtype=torch.bool)
         return replace(state, kept=told, broken=broken, iteration=state.iteration + 1)
 
 

@@ -84,7 +84,7 @@ def test_a_model_without_robustness_costs_next_to_nothing() -> None:
     full = 0
     for part in suite("standard", "linf", classes=2).values():
         attack = part.attack if isinstance(part, Stage) else part
-        full += len(attack.runs(2)) * attack.rounds * (2 if attack.needs_gradient else 1)
+        full += len(attack.runs(2)) * attack.num_steps * (2 if attack.needs_gradient else 1)
     assert found.samples["evaluations"].mean() < 0.02 * full
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wideberth import losses
 from wideberth.attacks import PGD, PMA, Attack, Square, Stage
 from wideberth.attacks.schedule import Schedule
-from wideberth.attacks.state import Problem
+from wideberth.attacks.state import AttackInputs
 from wideberth.checks import InputError
 from wideberth.evaluation import evaluate
 from wideberth.randomness import Noise
@@ -27,11 +27,11 @@ from wideberth.randomness import Noise
 EPS = 0.12
 TARGETED = PGD(steps=1, targets=2, restarts=2, step_size=0.03, loss=losses.margin_loss, keep="worst")
 LINE_UP: dict[str, Attack | Stage] = {
-    "PGD targeted": Stage(TARGETED, abreast=3),
+    "PGD targeted": Stage(TARGETED, parallel_restarts=3),
     "PGD": PGD(steps=2, restarts=3, step_size=0.04, keep="worst"),
     "PMA, near": Stage(PMA(steps=4, diverse=2, restarts=2), near=-0.5),
     "Square": Square(queries=20, rescaled=True),
-    "Square, side by side": Stage(Square(queries=20, rescaled=True, restarts=2), abreast=2),
+    "Square, side by side": Stage(Square(queries=20, rescaled=True, restarts=2), parallel_restarts=2),
 }
 
 
@@ -72,17 +72,19 @@ def test_batch_size_changes_nothing(whole: pd.DataFrame, batch_size: int) -> Non
     assert_frame_equal(verdict(batch_size=batch_size), whole, rtol=1e-9)
 
 
-@pytest.mark.parametrize("abreast", [1, 2, 9])
-def test_runs_side_by_side_find_what_they_find_one_after_the_other(whole: pd.DataFrame, abreast: int) -> None:
+@pytest.mark.parametrize("parallel_restarts", [1, 2, 9])
+def test_runs_side_by_side_find_what_they_find_one_after_the_other(whole: pd.DataFrame, parallel_restarts: int) -> None:
     """The first run that breaks a sample is the same, at the same step; what holds has cost the same."""
-    found = verdict(suite=LINE_UP | {"PGD targeted": Stage(TARGETED, abreast=abreast)}, batch_size=16)
+    found = verdict(
+        suite=LINE_UP | {"PGD targeted": Stage(TARGETED, parallel_restarts=parallel_restarts)}, batch_size=16
+    )
     held = whole["robust"]
     assert_frame_equal(found.drop(columns="evaluations"), whole.drop(columns="evaluations"), rtol=1e-9)
     assert_frame_equal(found[held], whole[held], rtol=1e-9)
     more = found["evaluations"] - whole["evaluations"]
     assert (more != 0).any()
-    if abreast != 2:  # windows of two end elsewhere than those of three
-        assert (more <= 0).all() if abreast == 1 else (more >= 0).all()
+    if parallel_restarts != 2:  # windows of two end elsewhere than those of three
+        assert (more <= 0).all() if parallel_restarts == 1 else (more >= 0).all()
 
 
 class Shuffled(torch.utils.data.Dataset[Any]):
@@ -199,15 +201,20 @@ def test_two_processes_reach_the_same_verdict(whole: pd.DataFrame, tmp_path: Pat
     assert_frame_equal(pd.read_parquet(out), whole, rtol=1e-9, check_dtype=False)
 
 
-@pytest.mark.parametrize("abreast", [1, 2])
-def test_success_that_the_judge_does_not_confirm_ends_no_run(abreast: int) -> None:
+@pytest.mark.parametrize("parallel_restarts", [1, 2])
+def test_success_that_the_judge_does_not_confirm_ends_no_run(parallel_restarts: int) -> None:
     """A search that took for success what is none goes on where it was, and in the end reports all that it spent."""
     model, x, y = problem(6)
     y = model(x).argmax(1)
     attack = PGD(steps=8, step_size=0.05, keep="worst", start="none", loss=losses.margin_loss)
     eps = torch.full((6,), 0.5, dtype=torch.float64)
     schedule = Schedule(
-        model, attack, Problem(x, y, eps, Noise(torch.arange(6))), runs=2, batch_size=4, abreast=abreast
+        model,
+        attack,
+        AttackInputs(x, y, eps, Noise(torch.arange(6))),
+        runs=2,
+        batch_size=4,
+        parallel_restarts=parallel_restarts,
     )
     spent, settled, leaves = (torch.zeros(6, dtype=torch.int64) for _ in range(3))
     while schedule.busy:
@@ -216,5 +223,5 @@ def test_success_that_the_judge_does_not_confirm_ends_no_run(abreast: int) -> No
             leaves[left.rows] += 1
             settled[left.rows] += schedule.judged(left, torch.ones_like(left.rows) > 0)
     assert leaves.max() > 3, "some succeed early, and again after every refusal"
-    assert (spent == 2 * 2 * attack.rounds).all(), "two runs of a forward and a gradient a step, each counted once"
+    assert (spent == 2 * 2 * attack.num_steps).all(), "two runs of a forward and a gradient a step, each counted once"
     assert torch.equal(settled, spent + leaves), "and a forward of the judge each time that a run left"

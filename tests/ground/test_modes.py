@@ -1,4 +1,4 @@
-"""A borrowed model comes back exactly as it was."""
+"""A lent model comes back exactly as it was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from wideberth.modes import borrowed
+from wideberth.modes import lent
 
 Flags = tuple[list[bool], list[bool]]
 
@@ -33,8 +33,8 @@ def model() -> nn.Module:
 @pytest.mark.parametrize("mode", ["eval", "train", "keep"])
 def test_lends_in_the_mode_asked_for_and_restores_every_flag(model: nn.Module, mode: Any, freeze: bool) -> None:
     before = flags(model)
-    with borrowed(model, mode, freeze=freeze) as lent:
-        assert lent is model
+    with lent(model, mode, freeze=freeze) as the_model:
+        assert the_model is model
         training, gradients = flags(model)
         assert training == {"eval": [False] * 7, "train": [True] * 7, "keep": before[0]}[mode]
         assert gradients == ([False] * len(gradients) if freeze else before[1])
@@ -44,14 +44,14 @@ def test_lends_in_the_mode_asked_for_and_restores_every_flag(model: nn.Module, m
 
 def test_restores_on_an_exception(model: nn.Module) -> None:
     before = flags(model)
-    with pytest.raises(ZeroDivisionError), borrowed(model):
+    with pytest.raises(ZeroDivisionError), lent(model):
         1 / 0  # noqa: B018
     assert flags(model) == before
 
 
 def test_restores_what_the_borrower_changed(model: nn.Module) -> None:
     before = flags(model)
-    with borrowed(model):
+    with lent(model):
         model.train()
         model.requires_grad_(True)
     assert flags(model) == before
@@ -59,9 +59,9 @@ def test_restores_what_the_borrower_changed(model: nn.Module) -> None:
 
 def test_nested_loans_come_back_in_turn(model: nn.Module) -> None:
     before = flags(model)
-    with borrowed(model, "eval", freeze=False):
+    with lent(model, "eval", freeze=False):
         between = flags(model)
-        with borrowed(model, "train"):
+        with lent(model, "train"):
             assert flags(model) != between
         assert flags(model) == between
     assert flags(model) == before
@@ -69,7 +69,7 @@ def test_nested_loans_come_back_in_turn(model: nn.Module) -> None:
 
 def test_frozen_parameters_cost_no_gradient_and_the_input_still_gets_one(model: nn.Module) -> None:
     x = torch.rand(5, 3, requires_grad=True)
-    with borrowed(model):
+    with lent(model):
         model(x).sum().backward()
     assert x.grad is not None
     assert model[3].weight.grad is None  # type: ignore[index]
@@ -78,9 +78,9 @@ def test_frozen_parameters_cost_no_gradient_and_the_input_still_gets_one(model: 
 def test_eval_leaves_batch_norm_statistics_and_train_moves_them() -> None:
     norm = nn.BatchNorm1d(3)
     before = norm.running_mean.clone()  # type: ignore[union-attr]
-    with borrowed(norm, "eval"):
+    with lent(norm, "eval"):
         norm(torch.rand(5, 3))
     assert torch.equal(norm.running_mean, before)  # type: ignore[arg-type]
-    with borrowed(norm, "train"):
+    with lent(norm, "train"):
         norm(torch.rand(5, 3))
     assert not torch.equal(norm.running_mean, before)  # type: ignore[arg-type]

@@ -213,7 +213,7 @@ def test_one_step_is_the_one_written_by_hand(tmp_path: Path) -> None:
 
 def test_a_scheduled_weight_of_zero_costs_nothing() -> None:
     class Never(Regularizer):
-        def penalise(self, *_: Any) -> Tensor:
+        def compute(self, *_: Any) -> Tensor:
             raise AssertionError("asked at weight 0")
 
     module = module_of(mlp(), regularizers=[Never(wb.schedules.Ramp(1.0, 3))])
@@ -436,7 +436,7 @@ def test_validation_is_at_the_nominal_radius(tmp_path: Path) -> None:
             epochs=1,
         )
         assert run.metrics is not None
-        robust = (distance > radius.nominal()).float().mean().item()
+        robust = (distance > radius.eval_eps()).float().mean().item()
         if name == "zero":  # clean accuracy is not to be called robust
             assert "validation_robust" not in run.metrics
         else:
@@ -448,9 +448,9 @@ def test_a_sample_meets_new_noise_in_every_epoch_and_the_same_in_every_batch() -
     seen: list[Tensor] = []
 
     class Spy(wb.attacks.PGD):
-        def craft(self, model: nn.Module, problem: Any, **options: Any) -> Any:
-            seen.append(problem.noise.uniform((4,)))
-            return super().craft(model, problem, **options)
+        def perturb(self, model: nn.Module, inputs: Any, **options: Any) -> Any:
+            seen.append(inputs.noise.uniform((4,)))
+            return super().perturb(model, inputs, **options)
 
     module = module_of(mlp(), attack=Spy(steps=1), radius=Fixed(0.1))
     for epoch, rows in ((0, [3, 1]), (0, [1, 7, 3]), (1, [3, 1])):

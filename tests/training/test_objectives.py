@@ -60,7 +60,7 @@ TOTALS = {"TRADES": 1.406938, "MART": 1.493406}
 @pytest.mark.parametrize("name", PAID)
 def test_totals(name: str) -> None:
     objective, weighed, besides = PAID[name]
-    paid = objective.pay(step_of(nn.Identity(), CLEAN, Y), ADVERSARIAL)
+    paid = objective.compute(step_of(nn.Identity(), CLEAN, Y), ADVERSARIAL)
     assert paid.losses.tolist() == pytest.approx(weighed, abs=5e-6)
     unweighted = torch.zeros(2) if paid.unweighted is None else paid.unweighted
     assert unweighted.tolist() == pytest.approx(besides, abs=5e-6)
@@ -92,15 +92,15 @@ def test_losses_belong_to_their_rows(objective: objectives.Objective) -> None:
     clean, adversarial, y = random_batch()
     near = torch.tensor([True, True, False, True, True, False])
 
-    def pay(where: Tensor) -> tuple[Tensor, Tensor]:
+    def compute(where: Tensor) -> tuple[Tensor, Tensor]:
         step = step_of(nn.Identity(), clean[where], y[where], near=near[where])
-        paid = objective.pay(step, adversarial[where])
+        paid = objective.compute(step, adversarial[where])
         none = torch.zeros_like(paid.losses)
         return paid.losses, none if paid.unweighted is None else paid.unweighted
 
-    whole = pay(torch.arange(6))
+    whole = compute(torch.arange(6))
     for order in (torch.tensor([3, 0, 5, 1, 4, 2]), torch.arange(12) % 6, torch.tensor([4])):
-        for part, all_of_it in zip(pay(order), whole, strict=True):
+        for part, all_of_it in zip(compute(order), whole, strict=True):
             torch.testing.assert_close(part, all_of_it[order], rtol=1e-12, atol=1e-15)
 
 
@@ -109,7 +109,7 @@ def test_losses_belong_to_their_rows(objective: objectives.Objective) -> None:
 def test_extreme_logits_give_finite_losses_and_gradients(objective: objectives.Objective, scale: float) -> None:
     clean, adversarial, y = random_batch()
     clean, adversarial = ((scale * part).float().requires_grad_() for part in (clean, adversarial))
-    paid = objective.pay(step_of(nn.Identity(), clean, y), adversarial).total(torch.ones(6)).mean()
+    paid = objective.compute(step_of(nn.Identity(), clean, y), adversarial).total(torch.ones(6)).mean()
     assert paid.isfinite()
     for gradient in torch.autograd.grad(paid, (clean, adversarial), allow_unused=True):
         assert gradient is None or gradient.isfinite().all()
@@ -119,7 +119,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(objective: objectives.O
 @pytest.mark.parametrize("loss", [losses.LabelSmoothing(0.2), losses.AdditiveMargin(0.2, 3), losses.center_distance])
 def test_another_loss_in_place_of_cross_entropy(make: Any, loss: losses.Loss) -> None:
     step = step_of(nn.Identity(), CLEAN, Y)
-    plain, other = (made.pay(step, ADVERSARIAL).total(torch.ones(2)) for made in (make(), make(loss=loss)))
+    plain, other = (made.compute(step, ADVERSARIAL).total(torch.ones(2)) for made in (make(), make(loss=loss)))
     parts = {"CleanCrossEntropy": (1, 0), "AdversarialCrossEntropy": (0, 1), "TRADES": (1, 0), "ALP": (0.5, 0.5)}
     clean, adversarial = parts[make.__name__]
     change = clean * (loss(CLEAN, Y) - losses.cross_entropy(CLEAN, Y))
@@ -146,7 +146,7 @@ def test_mart_is_the_released_one_with_its_gradients() -> None:
     clean, adversarial, y = random_batch()
     clean.requires_grad_()
     adversarial.requires_grad_()
-    ours = MART(beta=3).pay(step_of(nn.Identity(), clean, y), adversarial).total(torch.ones(6))
+    ours = MART(beta=3).compute(step_of(nn.Identity(), clean, y), adversarial).total(torch.ones(6))
     theirs = as_released(clean, adversarial, y, beta=3)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     pairs = [torch.autograd.grad(paid.sum(), (clean, adversarial)) for paid in (ours, theirs)]
@@ -163,12 +163,12 @@ def test_mart_is_paid_in_float32_under_autocast() -> None:
     model = mlp().train()
     x, y, _ = tensors().train().tensors()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        paid = MART().pay(step_of(model, x, y), x)
+        paid = MART().compute(step_of(model, x, y), x)
         assert model(x).dtype == torch.bfloat16
     assert paid.unweighted is not None
     assert (paid.losses.dtype, paid.unweighted.dtype) == (torch.float32, torch.float32)
     sure = torch.tensor([[0.0, 12.0]]).bfloat16()
-    boosted = MART().pay(step_of(nn.Identity(), sure, Y[:1]), sure).losses
+    boosted = MART().compute(step_of(nn.Identity(), sure, Y[:1]), sure).losses
     q = torch.tensor([[0.0, 12.0]], dtype=torch.float64).softmax(1)
     assert boosted.item() == pytest.approx((-q[0, 0].log() - (1.0001 - q[0, 1]).log()).item(), rel=1e-5)
 
@@ -194,7 +194,7 @@ def test_lbgat_teaches_both_networks(tmp_path: Path, beta: float) -> None:
 
 def test_the_pairing_reaches_the_teacher() -> None:
     teacher = nn.Linear(4, 4).double()
-    paid = LBGAT(teacher).pay(step_of(nn.Identity(), CLEAN, Y), ADVERSARIAL)
+    paid = LBGAT(teacher).compute(step_of(nn.Identity(), CLEAN, Y), ADVERSARIAL)
     (gradient,) = torch.autograd.grad(paid.losses.sum(), teacher.weight)
     difference = teacher(CLEAN) - ADVERSARIAL
     assert torch.allclose(gradient, 2 / 4 * difference.T @ CLEAN)
@@ -249,7 +249,7 @@ def test_max_margin_pays_by_where_the_boundary_is() -> None:
     clean = torch.tensor([[2.0, 0, 0], [2, 0, 0], [0, 2, 0], [0.3, 0, 0]], dtype=torch.float64)
     there = torch.tensor([[0.0, 1, 0]] * 4, dtype=torch.float64)
     y, near = torch.zeros(4, dtype=torch.int64), torch.tensor([True, False, True, True])
-    paid = MaxMargin(share=0.25).pay(step_of(nn.Identity(), clean, y, near=near), there)
+    paid = MaxMargin(share=0.25).compute(step_of(nn.Identity(), clean, y, near=near), there)
     here, boundary = losses.cross_entropy(clean, y), losses.cross_entropy(there, y)
     expected = 0.75 * torch.stack([boundary[0], torch.zeros_like(here[1]), here[2], here[3]])
     torch.testing.assert_close(paid.losses, expected)
@@ -259,7 +259,7 @@ def test_max_margin_pays_by_where_the_boundary_is() -> None:
 def test_gradient_of_max_margin() -> None:
     """(2/3) grad L_MMA + (1/3) grad CE_clean."""
     model = nn.Linear(4, 4).double()
-    paid = MaxMargin().pay(step_of(model, CLEAN, Y, near=torch.tensor([True, True])), ADVERSARIAL)
+    paid = MaxMargin().compute(step_of(model, CLEAN, Y, near=torch.tensor([True, True])), ADVERSARIAL)
     (gradient,) = torch.autograd.grad(paid.total(torch.ones(2)).mean(), model.weight)
     right = (losses.soft_margin_loss(model(CLEAN), Y) < 0)[:, None]
     mixed = torch.where(right, ADVERSARIAL, CLEAN)
@@ -272,7 +272,7 @@ def test_gradient_of_max_margin() -> None:
 
 
 def test_the_divergence_is_from_the_clean_prediction() -> None:
-    divergence = objectives.TRADES(beta=1).pay(step_of(nn.Identity(), CLEAN, Y), ADVERSARIAL).losses
+    divergence = objectives.TRADES(beta=1).compute(step_of(nn.Identity(), CLEAN, Y), ADVERSARIAL).losses
     assert divergence.tolist() == pytest.approx([0.233300, 0.071313], abs=1e-6)  # the other way: .236449, .058543
 
 
@@ -301,7 +301,7 @@ def test_kl_is_ascended_from_the_prediction_in_the_attack_mode() -> None:
 
 def test_gradient_flows_through_both_arguments_of_the_divergence() -> None:
     clean, adversarial = CLEAN.clone().requires_grad_(), ADVERSARIAL.clone().requires_grad_()
-    paid = objectives.TRADES(beta=1).pay(step_of(nn.Identity(), clean, Y), adversarial).losses.sum()
+    paid = objectives.TRADES(beta=1).compute(step_of(nn.Identity(), clean, Y), adversarial).losses.sum()
     p, q = clean.softmax(1), adversarial.softmax(1)
     ratio = (p / q).log()
     expected = (p * (ratio - (p * ratio).sum(1, keepdim=True)), q - p)
@@ -312,7 +312,7 @@ def test_gradient_flows_through_both_arguments_of_the_divergence() -> None:
 class Half(wb.weightings.Weighting):
     """Counts class 0 alone, twice."""
 
-    def weigh(self, step: object, payment: objectives.Payment) -> Tensor:
+    def compute(self, step: object, terms: objectives.LossTerms) -> Tensor:
         return 2.0 * (step.y == 0)  # type: ignore[attr-defined]
 
 
@@ -362,6 +362,6 @@ def test_max_mahalanobis_center_loss_is_a_head_and_a_loss() -> None:
     features: list[Tensor] = []
     model.head.embed.register_forward_hook(lambda _, __, out: features.append(out))
     x, y, _ = tensors().train().tensors()
-    paid = objectives.CleanCrossEntropy(losses.center_distance).pay(step_of(model, x, y), x).losses
+    paid = objectives.CleanCrossEntropy(losses.center_distance).compute(step_of(model, x, y), x).losses
     expected = model.head.scale * (features[0] - model.head.centers[y]).square().sum(1)
     torch.testing.assert_close(paid, expected, rtol=1e-4, atol=1e-4)

@@ -86,17 +86,17 @@ class Stop(Exception):
 
 
 class Failing(wb.objectives.AdversarialCrossEntropy):
-    """Fails at a payment."""
+    """Fails at a terms."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
         object.__setattr__(self, "left", [at])
 
-    def pay(self, step: Any, x_adv: Tensor) -> Any:
+    def compute(self, step: Any, x_adv: Tensor) -> Any:
         self.left[0] -= 1  # type: ignore[attr-defined]
         if self.left[0] < 0:  # type: ignore[attr-defined]
             raise Stop
-        return super().pay(step, x_adv)
+        return super().compute(step, x_adv)
 
 
 @pytest.mark.parametrize("at", [0, 1])

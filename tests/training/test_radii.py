@@ -83,9 +83,9 @@ def test_lookahead_of_a_misclassified_input() -> None:
 class Feeble(wb.attacks.FGSM):
     """Turns a misclassified input into a well classified one, as an attack that overshoots may."""
 
-    def craft(self, model: nn.Module, problem: Any, **options: Any) -> Any:
-        found = super().craft(model, problem, **options)
-        return replace(found, x=torch.ones_like(found.x), success=torch.zeros_like(problem.y, dtype=torch.bool))
+    def perturb(self, model: nn.Module, inputs: Any, **options: Any) -> Any:
+        found = super().perturb(model, inputs, **options)
+        return replace(found, x=torch.ones_like(found.x), success=torch.zeros_like(inputs.y, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(("rule", "after"), [("lookahead", 7.81), ("simple", 6.1)])
@@ -108,9 +108,9 @@ def test_lookahead_attacks_on_noise_of_its_own() -> None:
     seen: list[Tensor] = []
 
     class Spy(wb.attacks.PGD):
-        def craft(self, model: nn.Module, problem: Any, **options: Any) -> Any:
-            seen.append(problem.noise.uniform((3,)))
-            return super().craft(model, problem, **options)
+        def perturb(self, model: nn.Module, inputs: Any, **options: Any) -> Any:
+            seen.append(inputs.noise.uniform((3,)))
+            return super().perturb(model, inputs, **options)
 
     step, made = away(9.0, attack=Spy(steps=1)), policy([8])
     step.attack(made.propose(step))
@@ -198,9 +198,9 @@ def test_a_misclassified_input_is_trained_exactly_where_it_is() -> None:
     seen: list[Tensor] = []
 
     class Look(wb.objectives.AdversarialCrossEntropy):
-        def pay(self, step: Step, x_adv: Tensor) -> Any:
+        def compute(self, step: Step, x_adv: Tensor) -> Any:
             seen.append(x_adv)
-            return super().pay(step, x_adv)
+            return super().compute(step, x_adv)
 
     x = torch.tensor([[0.4], [0.6], [0.500001]])
     made = InstanceAdaptive(0.05, warmup=0)
@@ -224,13 +224,13 @@ def test_fixed_and_its_warm_up() -> None:
     assert at(Fixed(0.1), 0.0) == pytest.approx([0.1] * 3)
     ramp = Fixed(0.1, warmup=4)
     assert [at(ramp, p)[0] for p in (0, 0.5, 2, 4, 9)] == pytest.approx([0, 0.0125, 0.05, 0.1, 0.1])
-    assert ramp.nominal() == 0.1
+    assert ramp.eval_eps() == 0.1
     assert at(Fixed(Ramp(0.2, 10)), 5.0) == pytest.approx([0.1] * 3)
     assert at(Fixed(Cosine(0.2, 10)), 5.0) == pytest.approx([0.1] * 3)
-    assert Fixed(Cosine(0.2, 10)).nominal() == 0.2
-    assert Fixed(Steps(0.2, [3], factor=0.5)).nominal() == pytest.approx(0.1)
+    assert Fixed(Cosine(0.2, 10)).eval_eps() == 0.2
+    assert Fixed(Steps(0.2, [3], factor=0.5)).eval_eps() == pytest.approx(0.1)
     assert at(Zero(), 3.0) == [0.0] * 3
-    assert (Zero().nominal(), len(Zero().radii)) == (0.0, 0)
+    assert (Zero().eval_eps(), len(Zero().radii)) == (0.0, 0)
 
 
 def test_cosine() -> None:
@@ -247,7 +247,7 @@ def test_class_wise() -> None:
     assert ramp.propose(step_of(halves().float(), x, y, progress=1.0)).tolist() == pytest.approx(
         [0.075, 0.025, 0.025, 0.075]
     )
-    assert ramp.nominal() == 0.3
+    assert ramp.eval_eps() == 0.3
     assert len(ramp.radii) == 0
     assert ClassWise([0.1, 0.3]).half().by_class.dtype == torch.float32
     assert "by_class" not in made.state_dict()

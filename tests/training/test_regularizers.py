@@ -232,7 +232,7 @@ def test_a_regularizer_is_given_the_points_it_asks_for(where: str) -> None:
     seen: list[Tensor] = []
 
     class Look(Regularizer):
-        def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        def compute(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
             seen.append(point.detach())
             return point.flatten(1).sum(1)
 

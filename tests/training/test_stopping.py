@@ -32,18 +32,18 @@ def run_of(out: Path, model: nn.Module | None = None, **options: Any) -> wb.Run:
 class Harmless(wb.attacks.PGD):
     """Finds nothing, and says that it did."""
 
-    def craft(self, model: nn.Module, problem: Any, **_: Any) -> Any:
-        n = len(problem.y)
+    def perturb(self, model: nn.Module, inputs: Any, **_: Any) -> Any:
+        n = len(inputs.y)
         zeros = torch.zeros(n, dtype=torch.long)
-        return wb.attacks.base.Adversarial(problem.x, torch.ones(n, dtype=torch.bool), zeros, zeros, zeros)
+        return wb.attacks.base.Adversarial(inputs.x, torch.ones(n, dtype=torch.bool), zeros, zeros, zeros)
 
 
 class Outside(Harmless):
     """Goes where it must not."""
 
-    def craft(self, model: nn.Module, problem: Any, **_: Any) -> Any:
-        found = super().craft(model, problem)
-        return wb.attacks.base.Adversarial((problem.x < 0.5).float(), None, *(found.survived,) * 3)
+    def perturb(self, model: nn.Module, inputs: Any, **_: Any) -> Any:
+        found = super().perturb(model, inputs)
+        return wb.attacks.base.Adversarial((inputs.x < 0.5).float(), None, *(found.steps_survived,) * 3)
 
 
 def line() -> wb.data.Tensors:
@@ -79,9 +79,9 @@ def test_a_judges_word_is_not_taken(tmp_path: Path, judge: Any) -> None:
 
 def test_a_judge_of_ones_own(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", judge=wb.attacks.FGSM(), epochs=1, scheduler=None)
-    assert run.config["judge"]["class_path"] == "wideberth.attacks.gradient.FGSM"
+    assert run.config["judge"]["class_path"] == "wideberth.attacks.pgd.FGSM"
     default = run_of(tmp_path / "default", epochs=1, scheduler=None).config["judge"]
-    assert default["class_path"] == "wideberth.attacks.gradient.PGD"
+    assert default["class_path"] == "wideberth.attacks.pgd.PGD"
     assert (default["init_args"]["steps"], default["init_args"]["loss"]) == (10, "wideberth.losses.margin_loss")
 
 

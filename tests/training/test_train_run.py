@@ -149,9 +149,9 @@ def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
     seen: set[int] = set()
 
     class Look(wb.objectives.AdversarialCrossEntropy):
-        def pay(self, step: Any, x_adv: Any) -> Any:
+        def compute(self, step: Any, x_adv: Any) -> Any:
             seen.update(step.index.tolist())
-            return super().pay(step, x_adv)
+            return super().compute(step, x_adv)
 
     data = tensors(20, validation=5)
     fit(mlp(), data, tmp_path / "run", objective=Look())
@@ -231,7 +231,7 @@ def test_config_names_every_argument(tmp_path: Path) -> None:
     config = run.config
     training = "wideberth.training"
     attack = config.pop("attack")
-    assert attack["class_path"] == "wideberth.attacks.gradient.PGD"
+    assert attack["class_path"] == "wideberth.attacks.pgd.PGD"
     assert attack["init_args"] == {
         "norm": "l2",
         "box": [0.0, 1.0],

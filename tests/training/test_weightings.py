@@ -12,7 +12,7 @@ from training_tools import batch_of, defined_in, fit, halves, mlp, module_of, st
 
 import wideberth as wb
 from wideberth.training import objectives, weightings
-from wideberth.training.objectives import LBGAT, MART, TRADES, AdversarialCrossEntropy, CleanCrossEntropy, Payment
+from wideberth.training.objectives import LBGAT, MART, TRADES, AdversarialCrossEntropy, CleanCrossEntropy, LossTerms
 from wideberth.training.radii import Fixed, InstanceAdaptive, Zero
 from wideberth.training.weightings import GAIRAT, MAIL, Uniform, Weighting
 
@@ -42,15 +42,15 @@ def test_refusals(make: Any, message: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def paid(objective: objectives.Objective, **options: Any) -> tuple[Any, Payment]:
+def paid(objective: objectives.Objective, **options: Any) -> tuple[Any, LossTerms]:
     """The step and what the objective takes there, on the fact sheet's logits."""
     step = step_of(nn.Identity(), CLEAN, Y, **options)
-    return step, objective.pay(step, ADVERSARIAL)
+    return step, objective.compute(step, ADVERSARIAL)
 
 
 def test_uniform() -> None:
-    step, payment = paid(TRADES())
-    assert torch.equal(Uniform().weigh(step, payment), torch.ones(2, dtype=torch.float64))
+    step, terms = paid(TRADES())
+    assert torch.equal(Uniform().compute(step, terms), torch.ones(2, dtype=torch.float64))
 
 
 # ---- MAIL -----------------------------------------------------------------------------------------------------------
@@ -67,33 +67,33 @@ MAIL_ON_THE_SHEET = [  # slope, bias, weights, MAIL-AT, MAIL-TRADES with beta 5
 def test_mail(slope: float, bias: float, weights: list[float], at: float, trades: float) -> None:
     mail = MAIL(slope, bias, start=0)
     for objective, total in ((AdversarialCrossEntropy(), at), (TRADES(beta=5), trades)):
-        step, payment = paid(objective)
-        found = mail.weigh(step, payment)
+        step, terms = paid(objective)
+        found = mail.compute(step, terms)
         assert found.tolist() == pytest.approx(weights, rel=3e-4, abs=5e-7)
-        assert payment.total(found).mean().item() == pytest.approx(total, abs=1e-6)
+        assert terms.total(found).mean().item() == pytest.approx(total, abs=1e-6)
 
 
 def test_mail_mart_weighs_the_boosted_cross_entropy_alone() -> None:
-    step, payment = paid(MART(beta=5))
-    weights = MAIL(2, 0, start=0).weigh(step, payment)
+    step, terms = paid(MART(beta=5))
+    weights = MAIL(2, 0, start=0).compute(step, terms)
     expected = (1.804439 * 1.888218 + 0.761328 * 0.533198) / 2 + 5 * (0.083075 + 0.030004) / 2
-    assert payment.total(weights).mean().item() == pytest.approx(expected, abs=3e-6)
+    assert terms.total(weights).mean().item() == pytest.approx(expected, abs=3e-6)
 
 
 def test_the_papers_form_has_mean_one() -> None:
-    step, payment = paid(AdversarialCrossEntropy())
-    released, paper = (MAIL(5, 0.05, start=0, form=form).weigh(step, payment) for form in ("released", "paper"))  # type: ignore[arg-type]
+    step, terms = paid(AdversarialCrossEntropy())
+    released, paper = (MAIL(5, 0.05, start=0, form=form).compute(step, terms) for form in ("released", "paper"))  # type: ignore[arg-type]
     assert paper.mean().item() == pytest.approx(1)
     assert (paper / released).tolist() == pytest.approx([(1 / released.mean()).item()] * 2)
     # So far from the boundary that every sigmoid is 0 in float32.
-    far = Payment(torch.ones(2), adversarial_logits=torch.tensor([[9.0, -9.0], [-9.0, 9.0]]))
-    assert MAIL(100, -0.5, start=0, form="paper").weigh(step, far).tolist() == pytest.approx([1, 1])
+    far = LossTerms(torch.ones(2), adversarial_logits=torch.tensor([[9.0, -9.0], [-9.0, 9.0]]))
+    assert MAIL(100, -0.5, start=0, form="paper").compute(step, far).tolist() == pytest.approx([1, 1])
 
 
 def test_more_wrong_weighs_more() -> None:
     logits = torch.linspace(-3, 3, 9)[:, None] * torch.tensor([1.0, -1.0])
     step = step_of(nn.Identity(), logits, torch.zeros(9, dtype=torch.int64))
-    weights = MAIL(start=0).weigh(step, Payment(torch.ones(9), adversarial_logits=logits))
+    weights = MAIL(start=0).compute(step, LossTerms(torch.ones(9), adversarial_logits=logits))
     assert (weights.diff() < 0).all()
     assert (weights <= 3).all()
 
@@ -101,28 +101,28 @@ def test_more_wrong_weighs_more() -> None:
 # ---- GAIRAT ---------------------------------------------------------------------------------------------------------
 
 
-def attacked(survived: list[int], iterates: int, epoch: int = 60) -> tuple[Any, Payment]:
+def attacked(steps_survived: list[int], iterates: int, epoch: int = 60) -> tuple[Any, LossTerms]:
     """A step whose attack found that, and losses of 1."""
-    count = len(survived)
+    count = len(steps_survived)
     step = step_of(nn.Identity(), torch.zeros(count, 2), torch.zeros(count, dtype=torch.int64), epoch=epoch)
     found = step.attack(torch.zeros(count))
-    held = torch.tensor(survived)
-    step.found = replace(found, survived=held, iterates=torch.full_like(held, iterates))
-    return step, Payment(torch.ones(count, dtype=torch.float64))
+    held = torch.tensor(steps_survived)
+    step.found = replace(found, steps_survived=held, iterates=torch.full_like(held, iterates))
+    return step, LossTerms(torch.ones(count, dtype=torch.float64))
 
 
 def test_gairat() -> None:
-    weights = GAIRAT().weigh(*attacked([0, 3, 5, 10], 10))
+    weights = GAIRAT().compute(*attacked([0, 3, 5, 10], 10))
     # The last to the digits that 1 + tanh leaves in float32, in which the sheet has it; here it is sigmoid(-12).
     assert weights.tolist() == pytest.approx([1.999659, 1.761884, 0.238445, 1.228e-5], rel=1e-3, abs=1e-6)
     assert weights.tolist()[3] == pytest.approx(4 * 6.144175e-6 / 1.999671, rel=1e-5)
-    again = GAIRAT().weigh(*attacked([0, 6, 10, 20], 20))  # a fraction of the steps, however many there are
+    again = GAIRAT().compute(*attacked([0, 6, 10, 20], 20))  # a fraction of the steps, however many there are
     assert torch.equal(again, weights)
 
 
 @pytest.mark.parametrize("shift", [-100.0, -1.0, 0.0, 100.0, float("inf")])
 def test_gairat_of_any_shift_has_mean_one(shift: float) -> None:
-    weights = GAIRAT(shift).weigh(*attacked([0, 1, 2, 3], 3))
+    weights = GAIRAT(shift).compute(*attacked([0, 1, 2, 3], 3))
     assert weights.mean().item() == pytest.approx(1)
     assert (weights.diff() <= 0).all()
     if shift >= 100:
@@ -137,7 +137,7 @@ def test_all_iterates_that_the_attack_steps_from_are_counted(keep: Any, judge: b
     x, y = 0.5 + distance[:, None], torch.zeros(6, dtype=torch.int64)
     attack = wb.attacks.PGD(steps=4, step_size=0.1, start="none", keep=keep)
     found = step_of(halves(), x, y, attack=attack).attack(torch.full((6,), 0.45, dtype=torch.float64), judge=judge)
-    assert found.survived.tolist() == [0, 1, 2, 3, 4, 4]
+    assert found.steps_survived.tolist() == [0, 1, 2, 3, 4, 4]
     assert found.iterates.tolist() == [4] * 6
 
 
@@ -166,7 +166,7 @@ def test_weights_begin_at_their_epoch(weighting: Weighting) -> None:
     for epoch, uniform in ((0, True), (2, True), (3, False), (9, False)):
         step, _ = attacked([0, 1, 2, 2], 2, epoch)
         logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-        weights = weighting.weigh(step, Payment(torch.ones(4), adversarial_logits=logits))
+        weights = weighting.compute(step, LossTerms(torch.ones(4), adversarial_logits=logits))
         assert (weights.tolist() == [1.0] * 4) is uniform
 
 
@@ -174,13 +174,13 @@ def test_weights_begin_at_their_epoch(weighting: Weighting) -> None:
 def test_weights_carry_no_graph_and_go_with_their_rows(weighting: Weighting) -> None:
     step, _ = attacked([0, 4, 2, 1], 4)
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    weights = weighting.weigh(step, Payment(logits.sum(1), adversarial_logits=logits))
+    weights = weighting.compute(step, LossTerms(logits.sum(1), adversarial_logits=logits))
     assert not weights.requires_grad
     assert weights.shape == (4,)
     order = torch.tensor([2, 0, 3, 1])
     assert step.found is not None
-    turned = replace(step, found=replace(step.found, survived=step.found.survived[order]), y=step.y[order])
-    again = weighting.weigh(turned, Payment(logits[order].sum(1), adversarial_logits=logits[order]))
+    turned = replace(step, found=replace(step.found, steps_survived=step.found.steps_survived[order]), y=step.y[order])
+    again = weighting.compute(turned, LossTerms(logits[order].sum(1), adversarial_logits=logits[order]))
     torch.testing.assert_close(again, weights[order])
 
 
@@ -200,16 +200,16 @@ def test_what_cannot_be_weighed_is_refused(weighting: Any, objective: Any, radiu
 
 def test_an_objective_that_hides_its_logits_cannot_be_weighed_by_them() -> None:
     class Hiding(AdversarialCrossEntropy):
-        def pay(self, step: Any, x_adv: Tensor) -> Payment:
-            return Payment(super().pay(step, x_adv).losses)
+        def compute(self, step: Any, x_adv: Tensor) -> LossTerms:
+            return LossTerms(super().compute(step, x_adv).losses)
 
     batch = batch_of(tensors(), [0, 1])
     with pytest.raises(wb.InputError, match="weighting=MAIL: the objective gave no adversarial logits"):
         module_of(mlp(), weighting=MAIL(), objective=Hiding(), radius=Fixed(0.1)).training_step(batch, 0)
-    step, payment = attacked([0], 1)
+    step, terms = attacked([0], 1)
     step.found = None
     with pytest.raises(wb.InputError, match="weighting=GAIRAT: nothing was attacked"):
-        GAIRAT().weigh(step, payment)
+        GAIRAT().compute(step, terms)
 
 
 OBJECTIVES = {

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import wideberth as wb
-from wideberth.attacks.state import Problem
-from wideberth.losses import Loss
 from wideberth.randomness import Noise
 from wideberth.training.module import Batch
 from wideberth.training.step import Step
@@ -50,12 +48,9 @@ def step_of(model: nn.Module, x: Tensor, y: Tensor, *, epoch: int = 0, **options
     """A batch as the policies see it, attacked by FGSM from the clean input unless said otherwise."""
     attack = options.pop("attack", wb.attacks.FGSM())
     index = options.pop("index", torch.arange(len(y)))
-
-    def craft(model: nn.Module, problem: Problem, loss: Loss | None, judge: bool) -> Any:
-        return attack.craft(model, problem, loss=loss, judge=judge)
-
     given = {"progress": float(epoch), "attack_mode": "eval"} | options
-    return Step(model=model, x=x, y=y, index=index, epoch=epoch, noise=Noise(index, 7, epoch), craft=craft, **given)
+    noise = Noise(index, 7, epoch)
+    return Step(model=model, x=x, y=y, index=index, epoch=epoch, noise=noise, training_attack=attack, **given)
 
 
 def module_of(model: nn.Module, samples: int = 12, **policies: Any) -> wb.RobustTraining:

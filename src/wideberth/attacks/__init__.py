@@ -3,17 +3,17 @@
 from wideberth.attacks.apgd import APGD
 from wideberth.attacks.base import Adversarial, Attack
 from wideberth.attacks.carlini_wagner import CarliniWagner
+from wideberth.attacks.ddn_fmn import DDN, FMN
 from wideberth.attacks.deepfool import DeepFool
-from wideberth.attacks.descent import DDN, FMN
+from wideberth.attacks.early_stopped import EarlyStoppedPGD
 from wideberth.attacks.fab import FAB
-from wideberth.attacks.friendly import EarlyStoppedPGD
-from wideberth.attacks.gradient import FGSM, NFGSM, PGD, ScaledStep
-from wideberth.attacks.margin import PMA
-from wideberth.attacks.momentum import MIFGSM
-from wideberth.attacks.noise import RandomNoise
+from wideberth.attacks.mi_fgsm import MIFGSM
+from wideberth.attacks.pgd import FGSM, NFGSM, PGD, ScaledStep
+from wideberth.attacks.pma import PMA
+from wideberth.attacks.random_noise import RandomNoise
 from wideberth.attacks.spatial import Flow, Spatial
 from wideberth.attacks.square import Square
-from wideberth.attacks.state import Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.attacks.suites import SUITES, Stage, suite
 from wideberth.attacks.wasserstein import Wasserstein
 
@@ -30,17 +30,17 @@ __all__ = [
     "SUITES",
     "Adversarial",
     "Attack",
+    "AttackInputs",
+    "AttackState",
     "CarliniWagner",
     "DeepFool",
     "EarlyStoppedPGD",
     "Flow",
-    "Problem",
     "RandomNoise",
     "ScaledStep",
     "Spatial",
     "Square",
     "Stage",
-    "State",
     "Wasserstein",
     "suite",
 ]

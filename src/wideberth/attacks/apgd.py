@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, input_gradient
-from wideberth.attacks.state import Enclosed, Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState, ProjectedState
 from wideberth.checks import InputError
 from wideberth.losses import Loss
 
@@ -27,7 +27,7 @@ _SHORTER, _SHORTEST = 1.5, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ascent(Enclosed):
+class Ascent(ProjectedState):
     """What APGD remembers of a row.
 
     Attributes:
@@ -104,25 +104,25 @@ class APGD(Attack):
             raise InputError(f"large_eps=True with norm={self.norm!r}: the schedule of larger radii is for l1")
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """The steps, and a look at where each of the radii begins."""
         return self.steps + (3 if self.large_eps else 1)
 
-    def begin(self, problem: Problem) -> Ascent:
+    def init(self, inputs: AttackInputs) -> Ascent:
         """Begin on the boundary of the ball: linf and l2 in a random direction, l1 at projected Gaussian noise."""
-        x, wide, noise = problem.x, problem.eps.dtype, problem.noise.fold("apgd", "start")
-        radius = problem.eps * self._plan(problem).factor[0]
+        x, wide, noise = inputs.x, inputs.eps.dtype, inputs.noise.fold("apgd", "start")
+        radius = inputs.eps * self._plan(inputs).factor[0]
         shape = x.shape[1:]
         delta = 2 * noise.uniform(shape, wide) - 1 if self.norm == "linf" else noise.normal(shape, wide)
         if self.norm != "l1":
             length = geometry.norm(delta, self.norm)
             delta = delta * geometry.column(radius / torch.where(length > 0, length, 1), x)
         point = geometry.place(x, delta, radius, self.norm, self.box)
-        low = torch.full_like(problem.eps, float("-inf"))
-        none = torch.zeros_like(problem.y)
+        low = torch.full_like(inputs.eps, float("-inf"))
+        none = torch.zeros_like(inputs.y)
         entries = x[0].numel()
         state = Ascent.within(
-            problem,
+            inputs,
             point,
             self.norm,
             self.box,
@@ -130,52 +130,52 @@ class APGD(Attack):
             best_gradient=torch.zeros_like(x),
             best_value=low,
             previous=point,
-            size=torch.full_like(problem.eps, 1 if self.norm == "l1" else 2),
+            size=torch.full_like(inputs.eps, 1 if self.norm == "l1" else 2),
             last=-low,
             risen=none,
             checked=low,
-            halved=torch.ones_like(problem.y, dtype=torch.bool),
+            halved=torch.ones_like(inputs.y, dtype=torch.bool),
             support=none + entries,
             active=none - (-entries // _FIRST_ACTIVE),
         )
         # The larger balls are for the search alone: a point of theirs is not to be returned.
         return replace(state, kept=x) if self.large_eps else state
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> Ascent:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> Ascent:
         """One forward and one input gradient at `state.point`; then the step size, and a step."""
         assert isinstance(state, Ascent)
-        plan = self._plan(problem).at(state.iteration)
-        ascended = problem.loss(self.loss if loss is None else loss)
+        plan = self._plan(inputs).at(state.iteration)
+        ascended = inputs.loss(self.loss if loss is None else loss)
         logits, value, gradient = input_gradient(model, state.point, ascended, self.draws)
         # A loss that is no number is no progress.
         value = value.to(state.value.dtype).nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-        state = self._remember(problem, state, plan, problem.achieved(logits), value, gradient)
+        state = self._remember(inputs, state, plan, inputs.goal_reached(logits), value, gradient)
         if self.norm == "l1":
-            state, restart = self._adapt_sparsity(problem, state, plan)
+            state, restart = self._adapt_sparsity(inputs, state, plan)
         else:
             state, restart = self._adapt_size(state, plan, value)
         origin = geometry.choose(restart, state.best, state.point)
-        gradient = geometry.choose(restart, state.best_gradient, gradient).to(problem.eps.dtype)
+        gradient = geometry.choose(restart, state.best_gradient, gradient).to(inputs.eps.dtype)
         return replace(
             state,
-            point=self._moved(problem, state, plan, origin, gradient),
+            point=self._moved(inputs, state, plan, origin, gradient),
             previous=origin,
             iteration=state.iteration + 1,
             spent=state.spent + 2 * self.draws,
         )
 
-    def _plan(self, problem: Problem) -> _Plan:
-        return _plan(self.steps, self.norm == "l1", self.large_eps, problem.y.device)
+    def _plan(self, inputs: AttackInputs) -> _Plan:
+        return _plan(self.steps, self.norm == "l1", self.large_eps, inputs.y.device)
 
     def _remember(
-        self, problem: Problem, state: Ascent, plan: _Plan, achieved: Tensor, value: Tensor, gradient: Tensor
+        self, inputs: AttackInputs, state: Ascent, plan: _Plan, achieved: Tensor, value: Tensor, gradient: Tensor
     ) -> Ascent:
         """Take account of what the model said about `state.point`."""
         final = plan.factor == 1
         now = achieved
         if self.large_eps:
-            delta = state.point.to(problem.eps.dtype) - problem.x
-            now = achieved & (final | (geometry.norm(delta, self.norm) <= problem.eps))
+            delta = state.point.to(inputs.eps.dtype) - inputs.x
+            now = achieved & (final | (geometry.norm(delta, self.norm) <= inputs.eps))
         better = plan.opening | (value > state.best_value)
         kept = ~state.broken & (now | (better & final))
         return replace(
@@ -183,7 +183,7 @@ class APGD(Attack):
             kept=geometry.choose(kept, state.point, state.kept),
             value=torch.where(kept, value, state.value),
             broken=state.broken | now,
-            survived=state.survived + (~now & (state.survived == state.iteration)),
+            steps_survived=state.steps_survived + (~now & (state.steps_survived == state.iteration)),
             best=geometry.choose(better, state.point, state.best),
             best_gradient=geometry.choose(better, gradient, state.best_gradient),
             best_value=torch.where(better, value, state.best_value),
@@ -205,11 +205,11 @@ class APGD(Attack):
         )
         return state, halve
 
-    def _adapt_sparsity(self, problem: Problem, state: Ascent, plan: _Plan) -> tuple[Ascent, Tensor]:
+    def _adapt_sparsity(self, inputs: AttackInputs, state: Ascent, plan: _Plan) -> tuple[Ascent, Tensor]:
         """l1: at checkpoints follow the sparsity of the best point; rows that became sparser restart, (B,) bool."""
         if self.large_eps:
             # Each radius is a search of its own, from where the one before has led.
-            support = _support(state.point, problem)
+            support = _support(state.point, inputs)
             state = replace(
                 state,
                 size=torch.where(plan.opening, 1, state.size),
@@ -217,7 +217,7 @@ class APGD(Attack):
                 active=torch.where(plan.opening, _two_thirds(support), state.active),
             )
         due = plan.interval > 0
-        support = _support(state.best, problem)
+        support = _support(state.best, inputs)
         # Equal steps in two entries may keep two for ever where one is best: every other time, one moves alone.
         active = torch.where((support == 2) & (state.active == 2), 1, _two_thirds(support))
         sparser = due & (support < _SPARSER * state.support)
@@ -230,27 +230,27 @@ class APGD(Attack):
         )
         return state, sparser
 
-    def _moved(self, problem: Problem, state: Ascent, plan: _Plan, origin: Tensor, gradient: Tensor) -> Tensor:
+    def _moved(self, inputs: AttackInputs, state: Ascent, plan: _Plan, origin: Tensor, gradient: Tensor) -> Tensor:
         """The next point to ask about: a step from `origin`, (B, ...)."""
-        x, wide = problem.x, problem.eps.dtype
+        x, wide = inputs.x, inputs.eps.dtype
         base, here = x.to(wide), origin.to(wide)
-        stride = geometry.column(state.size * problem.eps * plan.factor, x)
+        stride = geometry.column(state.size * inputs.eps * plan.factor, x)
         if self.norm == "l1":
             delta = (here - base) + stride * _sparse(gradient, state.active)
             if self.large_eps:
                 delta = torch.where(geometry.column(plan.closing, x), state.best.to(wide) - base, delta)
-            return geometry.place(x, delta, problem.eps * plan.next_factor, self.norm, self.box)
-        reached = state.moved(problem, here, geometry.steepest(gradient, self.norm) * stride, self.norm, self.box)
+            return geometry.place(x, delta, inputs.eps * plan.next_factor, self.norm, self.box)
+        reached = state.moved(inputs, here, geometry.steepest(gradient, self.norm) * stride, self.norm, self.box)
         # Nothing to repeat in the first step, which therefore goes all the way.
         repeated = geometry.column(torch.where(plan.opening, 0, _MOMENTUM).to(wide), x)
         move = torch.lerp(reached - here, here - state.previous.to(wide), repeated)
-        return state.moved(problem, origin, move, self.norm, self.box)
+        return state.moved(inputs, origin, move, self.norm, self.box)
 
 
-def _support(point: Tensor, problem: Problem) -> Tensor:
+def _support(point: Tensor, inputs: AttackInputs) -> Tensor:
     """(B,) int64, in how many entries a point differs from the input by more than rounding."""
-    away = (point.to(problem.eps.dtype) - problem.x).abs()
-    return (away > geometry.column(_ROUNDING * problem.eps, point)).flatten(1).sum(1)
+    away = (point.to(inputs.eps.dtype) - inputs.x).abs()
+    return (away > geometry.column(_ROUNDING * inputs.eps, point)).flatten(1).sum(1)
 
 
 def _two_thirds(support: Tensor) -> Tensor:

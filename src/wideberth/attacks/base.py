@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.state import Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.checks import Box, InputError, Norm
 from wideberth.losses import Loss
-from wideberth.modes import Mode, borrowed
+from wideberth.modes import Mode, lent
 from wideberth.randomness import Noise
 
 Keep: TypeAlias = Literal["last", "worst", "first_flip"]
@@ -28,14 +28,14 @@ class Adversarial:
         x: (B, ...) inside ball and box, dtype of the input, detached.
         success: (B,) bool, whether `x` is misclassified (taken for the target, if one was given); None where the
             returned point was not judged.
-        survived: (B,) int64, how many iterates were classified correctly before the first flip.
+        steps_survived: (B,) int64, how many iterates were classified correctly before the first flip.
         evaluations: (B,) int64, forwards plus backwards spent.
         iterates: (B,) int64, how many there are to survive: the steps of all runs together.
     """
 
     x: Tensor
     success: Tensor | None
-    survived: Tensor
+    steps_survived: Tensor
     evaluations: Tensor
     iterates: Tensor
 
@@ -89,7 +89,7 @@ def raw_gradient(
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
-    """Immutable hyper-parameters; calling it crafts. A new attack is one subclass with `rounds`, `begin` and `step`.
+    """Immutable hyper-parameters; calling it crafts. A new attack is one subclass with `num_steps`, `begin` and `step`.
 
     A run is a state machine that each row goes through by itself: `begin` places it, `step` asks the model once about
     every row and moves it. So rows at different stages, of different restarts and targets, can share a batch.
@@ -107,10 +107,10 @@ class Attack(ABC):
     restarts: int = 1
     targets: int = 0
 
-    minimal: ClassVar[bool] = False
+    minimum_norm: ClassVar[bool] = False
     """Whether a run looks for the smallest perturbation, and goes on after the first success."""
     needs_gradient: ClassVar[bool] = True
-    ball: ClassVar[bool] = True
+    norm_bounded: ClassVar[bool] = True
     """Whether eps is the radius of a ball of `norm` around the input; where not, the attack says what it is."""
 
     def __post_init__(self) -> None:
@@ -122,15 +122,15 @@ class Attack(ABC):
 
     @property
     @abstractmethod
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """How many steps a run takes."""
 
     @abstractmethod
-    def begin(self, problem: Problem) -> State:
+    def init(self, inputs: AttackInputs) -> AttackState:
         """The state before the model was asked anything."""
 
     @abstractmethod
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
         """Ask the model about `state.point`, take account of the answer, and choose the point to ask about next.
 
         Or several points of a row, where that finds the same for the same cost.
@@ -146,7 +146,7 @@ class Attack(ABC):
         del rows, room
         return self
 
-    def candidate(self, state: State) -> Tensor:
+    def result(self, state: AttackState) -> Tensor:
         """What an ended run offers to the judge, (B, ...): `kept`, or a point that was not asked about yet."""
         return state.kept
 
@@ -157,22 +157,24 @@ class Attack(ABC):
         ranks = range(min(self.targets, classes - 1)) if self.targets else (-1,)
         return [(restart, rank) for restart in range(self.restarts) for rank in ranks]
 
-    def prepared(self, problem: Problem, run: Tensor, likely: Tensor | None) -> Problem:
+    def prepared(self, inputs: AttackInputs, run: Tensor, likely: Tensor | None) -> AttackInputs:
         """The problem as the rows' runs see it: with noise, and maybe a target, of their own.
 
         Args:
-            problem: the rows.
+            inputs: the rows.
             run: (B,) int64, which of `runs` each row is at.
             likely: (B, K - 1) classes other than the label, the likeliest first; needed for `targets`.
         """
-        noise = problem.noise.then(run)
-        if not self.targets or problem.target is not None or likely is None:
-            return replace(problem, noise=noise)
+        noise = inputs.noise.then(run)
+        if not self.targets or inputs.target is not None or likely is None:
+            return replace(inputs, noise=noise)
         runs = torch.tensor(self.runs(likely.shape[1] + 1), device=run.device)
         aim = likely.gather(1, runs[run, 1:]).squeeze(1)
-        return replace(problem, noise=noise, target=aim, strict=False)
+        return replace(inputs, noise=noise, target=aim, strict=False)
 
-    def craft(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> Adversarial:
+    def perturb(
+        self, model: nn.Module, inputs: AttackInputs, *, loss: Loss | None = None, judge: bool = True
+    ) -> Adversarial:
         """The attack itself, on a model whose mode and gradient flags are as they should be.
 
         With one run and `judge=False` there is a fixed number of steps, no host synchronisation and no data-dependent
@@ -180,18 +182,18 @@ class Attack(ABC):
         pays); it is tied to its batch (TRADES' clean logits), so with it all rows run again.
         """
         likely, runs = None, self.restarts
-        if self.targets and problem.target is None:
+        if self.targets and inputs.target is None:
             with torch.no_grad():
-                likely = losses.likeliest(model(problem.x), problem.y)
+                likely = losses.likeliest(model(inputs.x), inputs.y)
             runs = len(self.runs(likely.shape[1] + 1))
-        found: State | None = None
+        found: AttackState | None = None
         for run in range(runs):
-            left = torch.arange(len(problem.y), device=problem.y.device)
-            if found is not None and not self.minimal and loss is None:
+            left = torch.arange(len(inputs.y), device=inputs.y.device)
+            if found is not None and not self.minimum_norm and loss is None:
                 left = (~found.broken).nonzero().squeeze(1)
             if not len(left):
                 break
-            part = problem.rows(left)
+            part = inputs.rows(left)
             if runs > 1 or likely is not None:
                 part = self.prepared(part, torch.full_like(left, run), None if likely is None else likely[left])
             again = self.run(model, part, loss=loss, judge=judge or runs > 1)
@@ -200,23 +202,25 @@ class Attack(ABC):
         judged = judge or runs > 1 or self.judges
         success = found.broken if judged else None
         spent = found.spent + (likely is not None)
-        iterates = torch.full_like(found.survived, runs * self.rounds)
-        return Adversarial(found.kept.detach(), success, found.survived, spent, iterates)
+        iterates = torch.full_like(found.steps_survived, runs * self.num_steps)
+        return Adversarial(found.kept.detach(), success, found.steps_survived, spent, iterates)
 
     @property
     def judges(self) -> bool:
         """Whether a run tells success without being asked, because it needs to know itself."""
         return True
 
-    def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
+    def run(
+        self, model: nn.Module, inputs: AttackInputs, *, loss: Loss | None = None, judge: bool = True
+    ) -> AttackState:
         """One run of all rows, to its end."""
         del judge
-        state = self.begin(problem)
-        for _ in range(self.rounds):
-            state = self.step(model, problem, state, loss)
+        state = self.init(inputs)
+        for _ in range(self.num_steps):
+            state = self.step(model, inputs, state, loss)
         return state
 
-    def _merged(self, found: State, again: State, left: Tensor) -> State:
+    def _merged(self, found: AttackState, again: AttackState, left: Tensor) -> AttackState:
         """What is known after the rows `left` ran once more: the better of the two, and the cost of both."""
         before = found.rows(left)
         new = (again.broken & ~before.broken) | ((again.broken == before.broken) & self.improves(before, again))
@@ -227,13 +231,13 @@ class Attack(ABC):
             merged = replace(merged, **{name: getattr(merged, name).index_copy(0, left, chosen)})
         return replace(
             merged,
-            survived=found.survived.index_add(0, left, again.survived),
+            steps_survived=found.steps_survived.index_add(0, left, again.steps_survived),
             spent=found.spent.index_add(0, left, again.spent),
         )
 
-    def improves(self, before: State, again: State) -> Tensor:
+    def improves(self, before: AttackState, again: AttackState) -> Tensor:
         """Of two runs that both succeeded or both failed, whether the later is to be returned, (B,) bool."""
-        return again.value > before.value if self.minimal else torch.zeros_like(again.broken)
+        return again.value > before.value if self.minimum_norm else torch.zeros_like(again.broken)
 
     def __call__(
         self,
@@ -269,14 +273,14 @@ class Attack(ABC):
         checks.valid_inputs(x, self.box)
         checks.valid_eps(eps, len(x))
         x = x.detach()
-        with borrowed(model, "eval"), torch.no_grad():
+        with lent(model, "eval"), torch.no_grad():
             # One row tells the shape of the output, and costs next to nothing.
             logits = model(x[:1])
         checks.valid_logits(logits, 1)
         checks.valid_labels(y, len(x), logits.shape[1])
         if target is not None:
             checks.valid_labels(target, len(x), logits.shape[1])
-        with borrowed(model, mode):
+        with lent(model, mode):
             where = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
-            problem = Problem(x, y, geometry.per_sample(eps, x), Noise(where, seed), target)
-            return self.craft(model, problem, judge=judge)
+            inputs = AttackInputs(x, y, geometry.per_sample(eps, x), Noise(where, seed), target)
+            return self.perturb(model, inputs, judge=judge)

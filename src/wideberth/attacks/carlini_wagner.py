@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, input_gradient
 from wideberth.attacks.minimum_norm import farthest, nearer, one_run
-from wideberth.attacks.state import Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
 
@@ -34,7 +34,7 @@ _CLOSE = 0.01
 
 
 @dataclass(frozen=True)
-class Search(State):
+class Search(AttackState):
     """Where a row stands in its searches.
 
     Attributes:
@@ -108,7 +108,7 @@ class CarliniWagner(Attack):
     cuts: int = 1
     loss: Loss = losses.margin_loss
 
-    minimal: ClassVar[bool] = True
+    minimum_norm: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""
@@ -124,22 +124,22 @@ class CarliniWagner(Attack):
         one_run(type(self).__name__, self.restarts)
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """At most."""
         return self.search_steps * self.steps
 
-    def begin(self, problem: Problem) -> Search:
+    def init(self, inputs: AttackInputs) -> Search:
         """Begin at the inputs."""
-        w, zero = self.hidden(problem.x, problem.x), torch.zeros_like(problem.eps)
-        none, infinite = torch.zeros_like(problem.y, dtype=torch.int64), torch.full_like(zero, float("inf"))
+        w, zero = self.hidden(inputs.x, inputs.x), torch.zeros_like(inputs.eps)
+        none, infinite = torch.zeros_like(inputs.y, dtype=torch.int64), torch.full_like(zero, float("inf"))
         return Search.at(
-            problem,
-            problem.x,
+            inputs,
+            inputs.x,
             w=w,
             mean=torch.zeros_like(w),
             square=torch.zeros_like(w),
             c=torch.full_like(zero, self.initial_c),
-            tau=farthest(problem, self.norm, self.box),
+            tau=farthest(inputs, self.norm, self.box),
             lower=zero,
             upper=infinite,
             searches=none,
@@ -149,18 +149,18 @@ class CarliniWagner(Attack):
             before=infinite,
         )
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> Search:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> Search:
         """One forward and one input gradient at `state.point`, then a step of Adam, or on to the next search."""
         assert isinstance(state, Search)
-        ascended = problem.loss(self.loss if loss is None else loss)
+        ascended = inputs.loss(self.loss if loss is None else loss)
         logits, value, gradient = input_gradient(model, state.point, ascended)
-        distance = geometry.norm((state.point - problem.x).to(state.w.dtype), self.norm)
-        now = problem.achieved(logits)
-        done = state.iteration >= self.rounds
-        state = nearer(problem, state, now, distance, cost=2)
+        distance = geometry.norm((state.point - inputs.x).to(state.w.dtype), self.norm)
+        now = inputs.goal_reached(logits)
+        done = state.iteration >= self.num_steps
+        state = nearer(inputs, state, now, distance, cost=2)
         # In linf, points within tau are all there are, and success at once asks for less.
         state = replace(state, reached=state.reached | now)
-        paid, pull = self.penalty(self.perturbation(problem.x, state.w), state.tau)
+        paid, pull = self.penalty(self.perturbation(inputs.x, state.w), state.tau)
         # An objective of zero has nothing to gain, and is stuck; but 0 > share * 0 would not say so.
         objective = (paid + state.c * (-value).clamp_min(0)).clamp_min(torch.finfo(paid.dtype).tiny)
         look = state.taken % max(1, self.steps // 10) == 0
@@ -172,13 +172,13 @@ class CarliniWagner(Attack):
         over = (state.cuts > self.cuts) | (state.taken >= self.steps)
         if self.norm == "linf":
             over = over | now
-        state = self.next_tau(problem, state, over) if self.norm == "linf" else self.next_c(problem, state, over)
+        state = self.next_tau(inputs, state, over) if self.norm == "linf" else self.next_c(inputs, state, over)
         done = done | (state.searches >= self.search_steps)
         return replace(
             state,
-            point=self.point(problem, state),
+            point=self.point(inputs, state),
             reached=state.reached & ~look,
-            iteration=state.iteration.masked_fill(done, self.rounds),
+            iteration=state.iteration.masked_fill(done, self.num_steps),
         )
 
     def _off(self, dtype: torch.dtype) -> float:
@@ -186,18 +186,20 @@ class CarliniWagner(Attack):
         low, high = self.box
         return 4 * torch.finfo(dtype).eps * (high - low + max(abs(low), abs(high)))
 
-    def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
+    def run(
+        self, model: nn.Module, inputs: AttackInputs, *, loss: Loss | None = None, judge: bool = True
+    ) -> AttackState:
         """One run of all rows; those that are done leave, unless a `loss` is tied to the batch."""
         del judge
-        state, left = self.begin(problem), torch.arange(len(problem.y), device=problem.y.device)
+        state, left = self.init(inputs), torch.arange(len(inputs.y), device=inputs.y.device)
         ended, order = [state.rows(left[:0])], [left[:0]]
-        for _ in range(self.rounds):
-            state = self.step(model, problem, state, loss)
-            over = state.iteration >= self.rounds
+        for _ in range(self.num_steps):
+            state = self.step(model, inputs, state, loss)
+            over = state.iteration >= self.num_steps
             if loss is None and bool(over.any()):
                 ended.append(state.rows(over))
                 order.append(left[over])
-                state, problem, left = state.rows(~over), problem.rows(~over), left[~over]
+                state, inputs, left = state.rows(~over), inputs.rows(~over), left[~over]
                 if not len(left):
                     break
         whole = reduce(Search.joined, [*ended, state])
@@ -224,11 +226,11 @@ class CarliniWagner(Attack):
         # Adam takes a stride by a gradient however small: rounding, which differs from batch to batch, must be none.
         return torch.where(delta.abs() > self._off(w.dtype), delta, 0)
 
-    def point(self, problem: Problem, state: Search) -> Tensor:
+    def point(self, inputs: AttackInputs, state: Search) -> Tensor:
         """What the model is asked about, dtype of x."""
-        delta = self.perturbation(problem.x, state.w)
+        delta = self.perturbation(inputs.x, state.w)
         radius = state.tau if self.norm == "linf" else torch.full_like(state.tau, float("inf"))
-        return geometry.place(problem.x, delta, radius, self.norm, self.box)
+        return geometry.place(inputs.x, delta, radius, self.norm, self.box)
 
     # ---- one search ---------------------------------------------------------------------------------------------
 
@@ -254,7 +256,7 @@ class CarliniWagner(Attack):
 
     # ---- from search to search ----------------------------------------------------------------------------------
 
-    def next_c(self, problem: Problem, state: Search, over: Tensor) -> Search:
+    def next_c(self, inputs: AttackInputs, state: Search, over: Tensor) -> Search:
         """l2, where a search is over: bisect c, or raise it where none has succeeded yet, and begin at the input."""
         upper = torch.where(over & state.reached, torch.minimum(state.upper, state.c), state.upper)
         lower = torch.where(over & ~state.reached, torch.maximum(state.lower, state.c), state.lower)
@@ -262,9 +264,9 @@ class CarliniWagner(Attack):
         state = replace(
             state, upper=upper, lower=lower, c=torch.where(over, c, state.c), searches=state.searches + over
         )
-        return self.anew(state, over, self.hidden(problem.x, problem.x))
+        return self.anew(state, over, self.hidden(inputs.x, inputs.x))
 
-    def next_tau(self, problem: Problem, state: Search, over: Tensor) -> Search:
+    def next_tau(self, inputs: AttackInputs, state: Search, over: Tensor) -> Search:
         """linf, where a search is over: raise c at the same tau, or ask for another tau from the best point so far."""
         best = -state.value
         weak = over & ~state.reached & (state.c < _LARGEST)
@@ -275,7 +277,7 @@ class CarliniWagner(Attack):
         ended = other & (~state.broken | (best - lower <= _CLOSE * best))
         c = torch.where(weak, (_RAISE * state.c).clamp_max(_LARGEST), state.c)
         searches = torch.where(ended, self.search_steps, state.searches)
-        begun = torch.where(geometry.column(other & state.broken, state.w), self.hidden(problem.x, state.kept), state.w)
+        begun = torch.where(geometry.column(other & state.broken, state.w), self.hidden(inputs.x, state.kept), state.w)
         return self.anew(replace(state, tau=tau, lower=lower, c=c, searches=searches), over, begun)
 
     def anew(self, state: Search, over: Tensor, w: Tensor) -> Search:

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry, hyperplanes
 from wideberth.attacks.base import Attack
-from wideberth.attacks.linear import Plane, class_gradients, goals, land, nearest_plane
+from wideberth.attacks.linear_model import Plane, class_gradients, goals, land, nearest_plane
 from wideberth.attacks.minimum_norm import nearer
-from wideberth.attacks.state import Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.losses import Loss
 
 _NO_BOX = (float("-inf"), float("inf"))
 
 
 @dataclass(frozen=True)
-class _Fooling(State):
+class _Fooling(AttackState):
     """Where DeepFool stands.
 
     Attributes:
@@ -56,7 +56,7 @@ class DeepFool(Attack):
     overshoot: float = 0.02
     candidates: int = 10
 
-    minimal: ClassVar[bool] = True
+    minimum_norm: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""
@@ -66,31 +66,31 @@ class DeepFool(Attack):
         checks.at_least("candidates", self.candidates, 1)
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """A look at the input, and one after each step."""
         return self.steps + 1
 
-    def begin(self, problem: Problem) -> _Fooling:
+    def init(self, inputs: AttackInputs) -> _Fooling:
         """Begin at the clean inputs."""
-        total = torch.zeros_like(problem.x, dtype=torch.promote_types(problem.x.dtype, torch.float32))
-        overshoot = torch.full_like(problem.eps, self.overshoot)
-        return _Fooling.at(problem, problem.x, total=total, overshoot=overshoot)
+        total = torch.zeros_like(inputs.x, dtype=torch.promote_types(inputs.x.dtype, torch.float32))
+        overshoot = torch.full_like(inputs.eps, self.overshoot)
+        return _Fooling.at(inputs, inputs.x, total=total, overshoot=overshoot)
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
         """One forward and the class gradients at `state.point`; then to the nearest boundary, and a little beyond."""
         del loss  # there is none: what counts is which class is ahead
         assert isinstance(state, _Fooling)
-        found = class_gradients(model, state.point, goals(problem, self.candidates))
-        now = problem.achieved(found.logits)
-        x = problem.x.to(state.total.dtype)
-        state = nearer(problem, state, now, geometry.norm(state.point - x, self.norm), found.cost)
+        found = class_gradients(model, state.point, goals(inputs, self.candidates))
+        now = inputs.goal_reached(found.logits)
+        x = inputs.x.to(state.total.dtype)
+        state = nearer(inputs, state, now, geometry.norm(state.point - x, self.norm), found.cost)
         again = geometry.column(now, x)
         start = torch.where(again, x, x + state.total)
         plane = nearest_plane(found, state.point, start, self.norm)
         step = torch.where(again, plane.step_from(x, self.norm, self.box), self._onward(plane, start))
         total = (start + step).clamp(*self.box) - x
         overshoot = torch.where(now, state.overshoot / 2, state.overshoot)
-        point = land(problem.x, total * geometry.column(1 + overshoot, total), self.box)
+        point = land(inputs.x, total * geometry.column(1 + overshoot, total), self.box)
         return replace(state, point=point, total=total, overshoot=overshoot)
 
     def _onward(self, plane: Plane, start: Tensor) -> Tensor:

@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry
 from wideberth.attacks.base import Attack
-from wideberth.attacks.linear import Plane, class_gradients, goals, land, nearest_plane
+from wideberth.attacks.linear_model import Plane, class_gradients, goals, land, nearest_plane
 from wideberth.attacks.minimum_norm import nearer
-from wideberth.attacks.state import Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.losses import Loss
 
 
 @dataclass(frozen=True)
-class _Run(Problem):
+class _Run(AttackInputs):
     """A problem that knows which restart (B,) each row is at; None: the first."""
 
     restart: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class _Along(State):
+class _Along(AttackState):
     """Where FAB stands.
 
     Attributes:
@@ -66,7 +66,7 @@ class FAB(Attack):
     eta: float = 1.05
     beta: float = 0.9
 
-    minimal: ClassVar[bool] = True
+    minimum_norm: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""
@@ -80,40 +80,40 @@ class FAB(Attack):
                 raise checks.InputError(f"{name}={getattr(self, name)}: must be at most 1")
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """A look at the input, and one after each step."""
         return self.steps + 1
 
-    def prepared(self, problem: Problem, run: Tensor, likely: Tensor | None) -> Problem:
+    def prepared(self, inputs: AttackInputs, run: Tensor, likely: Tensor | None) -> AttackInputs:
         """As every attack's, and with the number of the restart, which decides where a run goes first."""
-        problem = super().prepared(problem, run, likely)
+        inputs = super().prepared(inputs, run, likely)
         ranks = 1 if likely is None else len(self.runs(likely.shape[1] + 1)) // self.restarts
-        known = {field.name: getattr(problem, field.name) for field in fields(Problem)}
+        known = {field.name: getattr(inputs, field.name) for field in fields(AttackInputs)}
         return _Run(**known, restart=run // ranks)
 
-    def begin(self, problem: Problem) -> _Along:
+    def init(self, inputs: AttackInputs) -> _Along:
         """Begin at the clean inputs."""
-        restart = problem.restart if isinstance(problem, _Run) else None
-        astray = torch.zeros_like(problem.y) if restart is None else restart
-        return _Along.at(problem, problem.x, astray=astray > 0)
+        restart = inputs.restart if isinstance(inputs, _Run) else None
+        astray = torch.zeros_like(inputs.y) if restart is None else restart
+        return _Along.at(inputs, inputs.x, astray=astray > 0)
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
         """One forward and the class gradients at `state.point`, then one step along the boundary."""
         del loss  # there is none: what counts is which class is ahead
         assert isinstance(state, _Along)
-        x = problem.x.to(torch.promote_types(problem.x.dtype, torch.float32))
-        found = class_gradients(model, state.point, goals(problem))
-        now = problem.achieved(found.logits)
+        x = inputs.x.to(torch.promote_types(inputs.x.dtype, torch.float32))
+        found = class_gradients(model, state.point, goals(inputs))
+        now = inputs.goal_reached(found.logits)
         away = state.point - x
         back = away * geometry.column(torch.where(now, self.beta, 1).to(away.dtype), away)
         plane = nearest_plane(found, state.point, x + back, self.norm)
         first = state.iteration == 0
-        state = nearer(problem, state, now, geometry.norm(away, self.norm), found.cost)
+        state = nearer(inputs, state, now, geometry.norm(away, self.norm), found.cost)
         delta, distance = self._along(x, back, plane)
         if self.restarts > 1:
             leave = geometry.column(first & state.astray, delta)
-            delta = torch.where(leave, self._stray(problem, distance), delta)
-        return replace(state, point=land(problem.x, delta, self.box))
+            delta = torch.where(leave, self._stray(inputs, distance), delta)
+        return replace(state, point=land(inputs.x, delta, self.box))
 
     def _along(self, x: Tensor, back: Tensor, plane: Plane) -> tuple[Tensor, Tensor]:
         """From x + `back`, the next perturbation (B, ...), and how far the boundary is from x itself (B,)."""
@@ -125,10 +125,10 @@ class FAB(Attack):
         alpha = geometry.column(share, back)
         return torch.lerp(back + self.eta * from_here, self.eta * from_input, alpha), there
 
-    def _stray(self, problem: Problem, distance: Tensor) -> Tensor:
+    def _stray(self, inputs: AttackInputs, distance: Tensor) -> Tensor:
         """A random perturbation, of at most half of eps and at most as long as the way to the boundary (B,)."""
         # A model without a gradient puts the boundary nowhere: at 0, which is no scale.
         known = torch.where(distance > 0, distance, float("inf"))
-        reach = torch.minimum(problem.eps / 2, known)
+        reach = torch.minimum(inputs.eps / 2, known)
         reach = torch.where(reach.isinf(), 0, reach)
-        return geometry.random_start(problem.x, reach, self.norm, "uniform", problem.noise.fold("restart"))
+        return geometry.random_start(inputs.x, reach, self.norm, "uniform", inputs.noise.fold("restart"))

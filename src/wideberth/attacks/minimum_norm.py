@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wideberth import checks, geometry
-from wideberth.attacks.state import Problem, S
+from wideberth.attacks.state import AttackInputs, S
 from wideberth.checks import Box, InputError, Norm
 
 _SLACK = 5e-7
@@ -17,34 +17,34 @@ _SLACK = 5e-7
 as much."""
 
 
-def nearer(problem: Problem, state: S, now: Tensor, distance: Tensor, cost: int) -> S:
+def nearer(inputs: AttackInputs, state: S, now: Tensor, distance: Tensor, cost: int) -> S:
     """Take account of what was seen at `state.point`: the closest point that does, and is within its radius, is kept.
 
     Args:
-        problem: the rows.
+        inputs: the rows.
         state: asked about at its `point`.
         now: (B,) bool, whether that point achieves the goal.
         distance: (B,) how far it is from the input.
         cost: forwards and backwards spent on it.
     """
-    now = now & (distance <= problem.eps * (1 + _SLACK))
+    now = now & (distance <= inputs.eps * (1 + _SLACK))
     better = now & (-distance > state.value)
     return replace(
         state,
         kept=geometry.choose(better, state.point, state.kept),
         value=torch.where(better, -distance, state.value),
         broken=state.broken | now,
-        survived=state.survived + ~(state.broken | now),
+        steps_survived=state.steps_survived + ~(state.broken | now),
         iteration=state.iteration + 1,
         spent=state.spent + cost,
     )
 
 
-def farthest(problem: Problem, norm: Norm, box: Box) -> Tensor:
+def farthest(inputs: AttackInputs, norm: Norm, box: Box) -> Tensor:
     """How long a perturbation can get within box and radius, (B,)."""
-    x = problem.x.to(problem.eps.dtype)
+    x = inputs.x.to(inputs.eps.dtype)
     room = torch.maximum(x - box[0], box[1] - x)
-    return torch.minimum(geometry.norm(room, norm), problem.eps)
+    return torch.minimum(geometry.norm(room, norm), inputs.eps)
 
 
 def half_cosine(iteration: Tensor, steps: int, first: float, last: float) -> Tensor:

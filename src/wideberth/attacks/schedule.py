@@ -4,8 +4,8 @@ An evaluation is a heap of runs: every sample is due each restart and each targe
 `Schedule` keeps `batch_size` of them going. A row that has succeeded or finished leaves at once and the next waiting
 sample takes its slot, so nobody pays for samples that are already broken, and the last batch is as full as the first.
 
-A sample's runs go in the fixed order of `Attack.runs`, one after the other or so many abreast, and every run has noise
-of its own. Of runs abreast, the first in that order which succeeds is what counts: the others are cancelled, or wait
+A sample's runs go in the fixed order of `Attack.runs`, one after the other or so many parallel_restarts, and every run has noise
+of its own. Of runs parallel_restarts, the first in that order which succeeds is what counts: the others are cancelled, or wait
 for those before them to end. Which run breaks a sample, where, and what that cost is therefore the same whatever the
 batch size, the order of the samples, the number of processes, and however often the evaluation was interrupted.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth.attacks.base import Attack
-from wideberth.attacks.state import Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState
 
 REFILL = 8
 """Slots are refilled when one in so many is free: joining rows one by one would cost more than it brings."""
@@ -40,23 +40,23 @@ class Left:
 
     rows: Tensor
     run: Tensor
-    part: Problem
-    state: State
+    part: AttackInputs
+    state: AttackState
 
 
 class Schedule:
     """The runs of one attack on many samples.
 
     Args:
-        model: asked on its own device; borrowed already, or a copy that nobody else uses.
+        model: asked on its own device; lent already, or a copy that nobody else uses.
         attack: what is run.
-        problem: all N samples, on any device; parts of it are moved to the model's. All else here is on the CPU.
+        inputs: all N samples, on any device; parts of it are moved to the model's. All else here is on the CPU.
         runs: how many runs a sample is due.
-        batch_size: rows under way at a time (a few more, where the runs abreast of one sample are more); an attack
+        batch_size: rows under way at a time (a few more, where the runs parallel_restarts of one sample are more); an attack
             without gradients may ask the model about twice as many points.
         likely: (N, K - 1) classes other than the label, the likeliest first, if the attack aims at targets.
         run: (N,) int64, the run that each sample is due next; one with none left is not attacked. Counted up in place.
-        abreast: so many runs of a sample begin together, and ask together. They keep a batch full where few samples are
+        parallel_restarts: so many runs of a sample begin together, and ask together. They keep a batch full where few samples are
             left; of a sample that breaks early, more was asked than would have been.
     """
 
@@ -64,19 +64,19 @@ class Schedule:
         self,
         model: nn.Module,
         attack: Attack,
-        problem: Problem,
+        inputs: AttackInputs,
         *,
         runs: int,
         batch_size: int,
         likely: Tensor | None = None,
         run: Tensor | None = None,
-        abreast: int = 1,
+        parallel_restarts: int = 1,
     ) -> None:
-        self.model, self.attack, self.problem, self.likely = model, attack, problem, likely
-        self.runs, self.batch_size, self.abreast = runs, batch_size, abreast
-        self.run = torch.zeros(len(problem.y), dtype=torch.int64) if run is None else run
-        self.end = self.run.clone()  # of the runs abreast that a sample is at
-        self.device = next((p.device for p in model.parameters()), problem.x.device)
+        self.model, self.attack, self.inputs, self.likely = model, attack, inputs, likely
+        self.runs, self.batch_size, self.parallel_restarts = runs, batch_size, parallel_restarts
+        self.run = torch.zeros(len(inputs.y), dtype=torch.int64) if run is None else run
+        self.end = self.run.clone()  # of the runs parallel_restarts that a sample is at
+        self.device = next((p.device for p in model.parameters()), inputs.x.device)
         self.waiting = deque((self.run < runs).nonzero().squeeze(1).tolist())
         self.going = _Going()
         self.ended = _Going()
@@ -94,19 +94,19 @@ class Schedule:
         """
         self._refill()
         going = self.going
-        # Of runs abreast that are cancelled it counts how far they had come: they go at one pace, whoever is there.
+        # Of runs parallel_restarts that are cancelled it counts how far they had come: they go at one pace, whoever is there.
         # Without gradients nothing is kept of a forward, and twice the points take no more memory.
-        room = self.batch_size * (1 if self.attack.needs_gradient else 2) if self.abreast == 1 else len(going)
+        room = self.batch_size * (1 if self.attack.needs_gradient else 2) if self.parallel_restarts == 1 else len(going)
         attack = self.attack.fitted(len(going), room)
         going.state = attack.step(self.model, going.part, going.state)
         # A minimum-norm attack that has come within its radius has shown what a verdict asks; without a radius, it
         # looks for the smallest one to the end.
         bounded = torch.isfinite(going.part.eps)
-        over = (going.state.iteration >= self.attack.rounds) | (going.state.broken & bounded)
+        over = (going.state.iteration >= self.attack.num_steps) | (going.state.broken & bounded)
         if not bool(over.any()):
             return
         out = going.take(over.cpu(), over)
-        if self.abreast == 1:
+        if self.parallel_restarts == 1:
             yield out.left()
             return
         self.ended.join(out)
@@ -120,26 +120,26 @@ class Schedule:
         precision, may take for success what is none), else with their next.
 
         Returns:
-            (n,) int64, the evaluations that are accounted for now: forwards and backwards of all runs abreast, also of
+            (n,) int64, the evaluations that are accounted for now: forwards and backwards of all runs parallel_restarts, also of
             those cancelled, and a forward for each judgement; 0 while one of them is still to be judged, since an
             interruption would have all of them begin anew.
         """
         self.spent[left.rows] += left.state.spent.cpu() + 1
-        early = held & (left.state.iteration < self.attack.rounds).cpu()
+        early = held & (left.state.iteration < self.attack.num_steps).cpu()
         if bool(early.any()):
             where = early.to(self.device)
             state = left.state.rows(where)
-            value = torch.full_like(state.value, float("-inf")) if self.attack.minimal else state.value
+            value = torch.full_like(state.value, float("-inf")) if self.attack.minimum_norm else state.value
             none = torch.zeros_like(state.spent)
             state = replace(state, broken=none > 0, value=value, spent=none)
             self.going.join(_Going(left.rows[early], left.run[early], left.part.rows(where), state))
         broken = left.rows[~held]
         self.run[broken] = self.runs
-        if self.abreast > 1 and len(broken):
+        if self.parallel_restarts > 1 and len(broken):
             for group in (self.going, self.ended):
                 self._cancel(group, torch.isin(group.rows, broken))
         over = ~early
-        if self.abreast > 1:  # the last of those abreast
+        if self.parallel_restarts > 1:  # the last of those parallel_restarts
             over &= ~torch.isin(left.rows, torch.cat([self.going.rows, self.ended.rows]))
         rows = left.rows[over & held]
         self.run[rows] = self.end[rows]
@@ -167,23 +167,23 @@ class Schedule:
             return
         rows: list[int] = []
         run: list[int] = []
-        while self.waiting and (len(rows) + self.abreast <= free or not (rows or len(self.going))):
+        while self.waiting and (len(rows) + self.parallel_restarts <= free or not (rows or len(self.going))):
             row = self.waiting.popleft()
             due = int(self.run[row])
-            self.end[row] = min(due + self.abreast, self.runs)
+            self.end[row] = min(due + self.parallel_restarts, self.runs)
             run += range(due, int(self.end[row]))
             rows += [row] * (len(run) - len(rows))
         if not rows:
             return
         new, at = torch.tensor(rows), torch.tensor(run)
         likely = None if self.likely is None else self.likely[new].to(self.device)
-        part = self.attack.prepared(self.problem.rows(new).to(self.device), at.to(self.device), likely)
-        self.going.join(_Going(new, at, part, self.attack.begin(part)))
+        part = self.attack.prepared(self.inputs.rows(new).to(self.device), at.to(self.device), likely)
+        self.going.join(_Going(new, at, part, self.attack.init(part)))
 
     def pending(self) -> int:
         """An upper bound on the rounds x rows that are left, if nothing more is broken."""
         done = int(self.going.state.iteration.sum()) if len(self.going) else 0
-        return int((self.runs - self.run).sum()) * self.attack.rounds - done
+        return int((self.runs - self.run).sum()) * self.attack.num_steps - done
 
 
 class _Going:
@@ -194,8 +194,8 @@ class _Going:
     ) -> None:
         none = torch.zeros(0, dtype=torch.int64)
         self.rows, self.run = none if rows is None else rows, none if run is None else run
-        self.part: Problem = part
-        self.state: State = state
+        self.part: AttackInputs = part
+        self.state: AttackState = state
 
     def __len__(self) -> int:
         return len(self.rows)

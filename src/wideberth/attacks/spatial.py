@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, input_gradient
-from wideberth.attacks.gradient import ScaledStep
-from wideberth.attacks.state import Problem, State
+from wideberth.attacks.pgd import ScaledStep
+from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.checks import Box, InputError
 from wideberth.geometry import Start
 from wideberth.losses import Loss
@@ -99,7 +99,7 @@ class Spatial(Attack):
     loss: Loss = losses.cross_entropy
 
     needs_gradient: ClassVar[bool] = False
-    ball: ClassVar[bool] = False
+    norm_bounded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""
@@ -114,42 +114,42 @@ class Spatial(Attack):
             raise InputError(f"box={self.box}: must be finite, its low face is what comes into view from outside")
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """As many as there are transforms to try."""
         return self.tries if self.search == "random" else math.prod(self.grid)
 
-    def begin(self, problem: Problem) -> State:
+    def init(self, inputs: AttackInputs) -> AttackState:
         """Begin at the first transform.
 
         Raises:
             InputError: for inputs that are not images.
         """
-        images_only(self, problem.x)
-        return State.at(problem, self._transformed(problem, torch.zeros_like(problem.y)))
+        images_only(self, inputs.x)
+        return AttackState.at(inputs, self._transformed(inputs, torch.zeros_like(inputs.y)))
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
         """One forward at `state.point`, then the next transform."""
         with torch.no_grad():
             logits = model(state.point)
-            value = problem.loss(self.loss if loss is None else loss)(logits)
-        state = state.after(problem, logits, value, cost=1)
-        return replace(state, point=self._transformed(problem, state.iteration))
+            value = inputs.loss(self.loss if loss is None else loss)(logits)
+        state = state.after(inputs, logits, value, cost=1)
+        return replace(state, point=self._transformed(inputs, state.iteration))
 
-    def _shares(self, problem: Problem, iteration: Tensor) -> Tensor:
+    def _shares(self, inputs: AttackInputs, iteration: Tensor) -> Tensor:
         """The transforms of an iteration in units of the limits, (B, 3) in [-1, 1]."""
-        dtype = problem.eps.dtype
+        dtype = inputs.eps.dtype
         if self.search == "random":
-            return 2 * problem.noise.fold("spatial").then(iteration).uniform((3,), dtype) - 1
+            return 2 * inputs.noise.fold("spatial").then(iteration).uniform((3,), dtype) - 1
         # The last axis of the grid runs fastest: how many transforms one move along each axis is away.
         counts = torch.tensor(self.grid, device=iteration.device)
         apart = torch.tensor([math.prod(self.grid[axis + 1 :]) for axis in range(3)], device=iteration.device)
         place = iteration[:, None] // apart % counts
         return (2 * place - (counts - 1)).to(dtype) / (counts - 1).clamp_min(1)
 
-    def _transformed(self, problem: Problem, iteration: Tensor) -> Tensor:
-        x, eps = problem.x, problem.eps
+    def _transformed(self, inputs: AttackInputs, iteration: Tensor) -> Tensor:
+        x, eps = inputs.x, inputs.eps
         limits = eps.new_tensor([self.translation, self.translation, math.radians(self.rotation)])
-        down, across, angle = (self._shares(problem, iteration) * limits * eps[:, None])[:, :, None, None].unbind(1)
+        down, across, angle = (self._shares(inputs, iteration) * limits * eps[:, None])[:, :, None, None].unbind(1)
         rows, columns = _pixels(x, eps.dtype)
         middle_row, middle_column = (x.shape[2] - 1) / 2, (x.shape[3] - 1) / 2
         # A pixel shows what was where undoing the translation, then the rotation, leads.
@@ -163,7 +163,7 @@ class Spatial(Attack):
 
 
 @dataclass(frozen=True)
-class Flowing(State):
+class Flowing(AttackState):
     """What a flow attack remembers.
 
     Attributes:
@@ -202,7 +202,7 @@ class Flow(Attack):
     tau: float = 0.05
     loss: Loss = losses.margin_loss
 
-    ball: ClassVar[bool] = False
+    norm_bounded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""
@@ -214,52 +214,52 @@ class Flow(Attack):
             checks.at_least("step_size", self.step_size, 0)
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """The steps, and a look at where they led."""
         return self.steps + 1
 
-    def begin(self, problem: Problem) -> State:
+    def init(self, inputs: AttackInputs) -> AttackState:
         """Begin without flow, or at a random one.
 
         Raises:
             InputError: for inputs that are not images.
         """
-        images_only(self, problem.x)
-        x, eps = problem.x, problem.eps
+        images_only(self, inputs.x)
+        x, eps = inputs.x, inputs.eps
         still = eps.new_zeros(len(x), 2, *x.shape[2:])
-        flow = geometry.random_start(still, eps, "linf", self.start, problem.noise.fold("flow"))
-        flow = self._inside(problem, flow)
-        return Flowing.at(problem, self._flown(problem, flow), flow=flow)
+        flow = geometry.random_start(still, eps, "linf", self.start, inputs.noise.fold("flow"))
+        flow = self._inside(inputs, flow)
+        return Flowing.at(inputs, self._flown(inputs, flow), flow=flow)
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
         """One forward and one input gradient at `state.point`, then one step of the flow."""
         assert isinstance(state, Flowing)
-        ascended = problem.loss(self.loss if loss is None else loss)
+        ascended = inputs.loss(self.loss if loss is None else loss)
         logits, value, gradient = input_gradient(model, state.point, ascended)
         flow = state.flow.detach().requires_grad_()
         with torch.enable_grad():
             # The image's own gradient, led on to the flow that made it: no further pass of the model.
-            reached = (gradient * self._sampled(problem, flow)).sum() - self.tau * roughness(flow).sum()
+            reached = (gradient * self._sampled(inputs, flow)).sum() - self.tau * roughness(flow).sum()
             (uphill,) = torch.autograd.grad(reached, flow)
-        size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
+        size = self.step_size(inputs.eps, self.steps) if callable(self.step_size) else self.step_size
         stride = geometry.column(geometry.per_sample(size, flow), flow)
         moved = state.flow + stride * geometry.steepest(uphill.nan_to_num(nan=0.0), "linf")
-        moved = self._inside(problem, geometry.project(moved, problem.eps, "linf"))
-        state = state.after(problem, logits, value, cost=2)
-        return replace(state, point=self._flown(problem, moved), flow=moved)
+        moved = self._inside(inputs, geometry.project(moved, inputs.eps, "linf"))
+        state = state.after(inputs, logits, value, cost=2)
+        return replace(state, point=self._flown(inputs, moved), flow=moved)
 
-    def _inside(self, problem: Problem, flow: Tensor) -> Tensor:
+    def _inside(self, inputs: AttackInputs, flow: Tensor) -> Tensor:
         """The nearest flow that does not leave the image."""
-        rows, columns = _pixels(problem.x, flow.dtype)
+        rows, columns = _pixels(inputs.x, flow.dtype)
         down, across = flow.unbind(1)
         return torch.stack([down.clamp(-rows, rows.flip(1)), across.clamp(-columns, columns.flip(2))], dim=1)
 
-    def _sampled(self, problem: Problem, flow: Tensor) -> Tensor:
-        rows, columns = _pixels(problem.x, flow.dtype)
-        return sampled(problem.x.to(flow.dtype), rows + flow[:, 0], columns + flow[:, 1])
+    def _sampled(self, inputs: AttackInputs, flow: Tensor) -> Tensor:
+        rows, columns = _pixels(inputs.x, flow.dtype)
+        return sampled(inputs.x.to(flow.dtype), rows + flow[:, 0], columns + flow[:, 1])
 
-    def _flown(self, problem: Problem, flow: Tensor) -> Tensor:
-        return _moved(problem.x, self._sampled(problem, flow), problem.eps, self.box)
+    def _flown(self, inputs: AttackInputs, flow: Tensor) -> Tensor:
+        return _moved(inputs.x, self._sampled(inputs, flow), inputs.eps, self.box)
 
 
 def roughness(flow: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks import windows
+from wideberth.attacks import square_windows as windows
 from wideberth.attacks.base import Attack
-from wideberth.attacks.state import Enclosed, Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState, ProjectedState
 from wideberth.checks import Norm
 from wideberth.losses import Loss
 
@@ -30,7 +30,7 @@ _NOTHING = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Search(Enclosed):
+class _Search(ProjectedState):
     """Where a search stands, and what it draws for its next queries: for many at once it costs what for one it does.
 
     Attributes:
@@ -54,7 +54,7 @@ class _Search(Enclosed):
         """These rows, and then those of `other`; the older draws say when new ones are due."""
         many = min(self.asked.shape[1], other.asked.shape[1])
         one, two = (replace(part, points=part.points[:, :many], asked=part.asked[:, :many]) for part in (self, other))
-        return replace(Enclosed.joined(one, two), age=max(self.age, other.age))
+        return replace(ProjectedState.joined(one, two), age=max(self.age, other.age))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,50 +109,52 @@ class Square(Attack):
             raise checks.InputError(f"p_init={self.p_init}: must be a fraction of the input, at most 1")
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """As many as there are queries."""
         return self.queries
 
-    def begin(self, problem: Problem) -> State:
+    def init(self, inputs: AttackInputs) -> AttackState:
         """Begin at vertical stripes (linf; single entries of vectors and sequences) or at a grid of bumps (l2, l1)."""
-        x, eps = problem.x, problem.eps
-        noise = problem.noise.fold("square", "start")
+        x, eps = inputs.x, inputs.eps
+        noise = inputs.noise.fold("square", "start")
         start = windows.image(x)
         if self.norm == "linf":
             low, high = geometry.faces(x, eps, self.box)
             stripes = noise.sign((start.shape[1], 1, start.shape[3]), eps.dtype)
             point = torch.where((stripes > 0).expand_as(start).reshape(x.shape), high, low)
-            return self._begun(problem, point, low=low, high=high)
+            return self._begun(inputs, point, low=low, high=high)
         delta = windows.tiles(noise, start.shape, self.norm, eps.dtype).view_as(x)
         # In l1 what is longer than the radius is projected, not scaled: that leaves fewer, larger entries.
         length = geometry.norm(delta, self.norm)
-        stretch = self._radius(problem) / length
+        stretch = self._radius(inputs) / length
         delta = delta * geometry.column(stretch if self.norm == "l2" else stretch.clamp_min(1), x)
-        return self._begun(problem, geometry.place(x, delta, eps, self.norm, self.box))
+        return self._begun(inputs, geometry.place(x, delta, eps, self.norm, self.box))
 
-    def _begun(self, problem: Problem, point: Tensor, **faces: Tensor) -> _Search:
-        first = torch.zeros_like(problem.y, dtype=torch.int64)
-        drawn = self._drawn(problem, first)
-        return _Search.at(problem, point, points=point[:, None], asked=first[:, None], **drawn, **faces)
+    def _begun(self, inputs: AttackInputs, point: Tensor, **faces: Tensor) -> _Search:
+        first = torch.zeros_like(inputs.y, dtype=torch.int64)
+        drawn = self._drawn(inputs, first)
+        return _Search.at(inputs, point, points=point[:, None], asked=first[:, None], **drawn, **faces)
 
     def fitted(self, rows: int, room: int) -> Square:
         """With as many queries at once as there is room for."""
         ahead = max(1, min(self.ahead, room // rows))
         return self if ahead == self.ahead else replace(self, ahead=ahead)
 
-    def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
+    def run(
+        self, model: nn.Module, inputs: AttackInputs, *, loss: Loss | None = None, judge: bool = True
+    ) -> AttackState:
         """One run of all rows, which stay together: their queries go one after the other."""
         attack = self if self.ahead == 1 else replace(self, ahead=1)
-        return Attack.run(attack, model, problem, loss=loss, judge=judge)
+        return Attack.run(attack, model, inputs, loss=loss, judge=judge)
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
         """One forward at `state.points`, then candidates that differ from the incumbent in a window each."""
         assert isinstance(state, _Search)
         with torch.no_grad():
             logits = model(state.points.flatten(0, 1)).unflatten(0, state.asked.shape).unbind(1)
-            ascended = problem.loss(self.loss if loss is None else loss)
+            ascended = inputs.loss(self.loss if loss is None else loss)
             values = torch.stack([ascended(each) for each in logits], 1).to(state.value.dtype)
-            now = torch.stack([problem.achieved(each) for each in logits], 1)
+            now = torch.stack([inputs.goal_reached(each) for each in logits], 1)
             # Rows of a batch come to their last query at different times.
             searching = ~state.broken[:, None] & (state.asked < self.queries)
             better = searching & (now | (values > state.value[:, None]))
@@ -162,7 +164,7 @@ class Square(Attack):
             last = torch.where(accepted, first, count - 1)[:, None]
             won = accepted & now.gather(1, last).squeeze(1)
             iteration = state.asked.gather(1, last).squeeze(1)
-            survived = torch.where(won, iteration, state.survived)
+            survived = torch.where(won, iteration, state.steps_survived)
             state = replace(
                 state,
                 kept=_adopted(accepted, state.points, last, state.kept),
@@ -171,90 +173,90 @@ class Square(Attack):
                 spent=state.spent + last.squeeze(1) + 1,
             )
             if 2 * (state.age + self.ahead) > _DRAWN:
-                state = replace(state, **self._drawn(problem, iteration), age=0)
-            points, asked = self._candidates(problem, state, iteration)
+                state = replace(state, **self._drawn(inputs, iteration), age=0)
+            points, asked = self._candidates(inputs, state, iteration)
             survived = torch.where(searching[:, 0] & ~won, asked[:, 0].clamp_max(self.queries), survived)
             state = replace(state, points=points, asked=asked, age=state.age + self.ahead)
-            return replace(state, point=points[:, 0], iteration=asked[:, 0], survived=survived)
+            return replace(state, point=points[:, 0], iteration=asked[:, 0], steps_survived=survived)
 
-    def _candidates(self, problem: Problem, state: _Search, iteration: Tensor) -> tuple[Tensor, Tensor]:
+    def _candidates(self, inputs: AttackInputs, state: _Search, iteration: Tensor) -> tuple[Tensor, Tensor]:
         """The next points to ask about after queries (B,), (B, k, ...), and which queries they are, (B, k)."""
         kept = windows.image(state.kept)
         points = kept.new_empty(len(kept), self.ahead, *kept.shape[1:])
         asked: list[Tensor] = []
         for point in points.unbind(1):
-            saved = self._candidate(problem, state, iteration, point)
+            saved = self._candidate(inputs, state, iteration, point)
             # A row that was just broken stands at its next query, and goes on from there if the judge does not agree.
             iteration = iteration + 1 + (saved if asked else torch.where(state.broken, 0, saved))
             asked.append(iteration)
-        return points.view(len(kept), self.ahead, *problem.x.shape[1:]), torch.stack(asked, 1)
+        return points.view(len(kept), self.ahead, *inputs.x.shape[1:]), torch.stack(asked, 1)
 
-    def _candidate(self, problem: Problem, state: _Search, iteration: Tensor, point: Tensor) -> Tensor:
+    def _candidate(self, inputs: AttackInputs, state: _Search, iteration: Tensor, point: Tensor) -> Tensor:
         """Write the candidate after queries (B,) to `point` (B, C, H, W); returns how many (B,) it saves before it."""
-        kept, wide = windows.image(state.kept), problem.eps.dtype
+        kept, wide = windows.image(state.kept), inputs.eps.dtype
         height, width = kept.shape[2:]
         here = torch.arange(len(iteration), device=iteration.device), iteration - state.since
         draws, spots = state.draws[here], state.spots[here].unbind(1)
         sign, window = 1 - 2 * (draws[:, 7:] < 0.5).to(wide), windows.Window(*spots[:4])
         if state.low is not None and state.high is not None:
             low, high = windows.image(state.low), windows.image(state.high)
-            return _fill(point, kept, low, high, window, sign, self._size(problem)).to(iteration.dtype)
-        plan, other = self._plan(problem), windows.Window(*spots[4:])
+            return _fill(point, kept, low, high, window, sign, self._size(inputs)).to(iteration.dtype)
+        plan, other = self._plan(inputs), windows.Window(*spots[4:])
         bump = plan.bump(self._stage(plan, iteration), (draws[:, 4] < 0.5).to(torch.int64), window, height, width)
         one, two = window.mask(height, width, wide), other.mask(height, width, wide)
         if min(height, width) == 1:
             # Few entries want fine moves: whole masses and bumps of equal weight lead to a few points only.
             two = two * _column((2 * draws[:, 5]).clamp_max(1))
             sign = sign * (draws[:, 6:7] / (1 - draws[:, 6:7]))
-        base, radius = windows.image(problem.x).to(wide), _column(self._radius(problem))
+        base, radius = windows.image(inputs.x).to(wide), _column(self._radius(inputs))
         delta = _moved(kept - base, one, two, bump, _column(sign), radius, self.norm)
         if self.norm == "l1":
             delta = _shortened(delta.add_(base).clamp_(*self.box).sub_(base), radius)
         # Shorter by half a unit in the last place, an entry may be rounded either way and stays within its length.
-        grain = _column(self._size(problem)) * (torch.finfo(kept.dtype).eps / 2)
+        grain = _column(self._size(inputs)) * (torch.finfo(kept.dtype).eps / 2)
         least = torch.minimum(delta, grain)
         delta.sub_(torch.maximum(least, -grain, out=least))
         point.copy_(delta.add_(base).to(kept.dtype).clamp_(*self.box))
         return torch.zeros_like(iteration)
 
-    def _drawn(self, problem: Problem, since: Tensor) -> dict[str, Tensor]:
+    def _drawn(self, inputs: AttackInputs, since: Tensor) -> dict[str, Tensor]:
         """What each row draws for its queries from `since` (B,) on, as `_Search` keeps it.
 
         For each: two positions, what concerns the bump, and a sign per channel.
         """
         query = (since[:, None] + torch.arange(_DRAWN, device=since.device)).flatten()
         each = torch.arange(len(since), device=since.device).repeat_interleave(_DRAWN)
-        noise = problem.noise.fold("square").rows(each).then(query)
-        channels, height, width = windows.image(problem.x[:1]).shape[1:]
-        draws, plan = noise.uniform((7 + channels,), problem.eps.dtype), self._plan(problem)
+        noise = inputs.noise.fold("square").rows(each).then(query)
+        channels, height, width = windows.image(inputs.x[:1]).shape[1:]
+        draws, plan = noise.uniform((7 + channels,), inputs.eps.dtype), self._plan(inputs)
         places = (draws[:, :2],) if self.norm == "linf" else (draws[:, :2], draws[:, 2:4])
         drawn = [plan.draw(self._stage(plan, query), place, height, width) for place in places]
         spots = torch.stack([part for window in drawn for part in window], 1)
         whole = (len(since), _DRAWN, -1)
         return {"draws": draws.view(whole), "spots": spots.view(whole), "since": since}
 
-    def _plan(self, problem: Problem) -> windows.Plan:
-        height, width = windows.image(problem.x[:1]).shape[2:]
-        return windows.plan(self.p_init, height, width, self.norm, problem.eps.dtype, problem.x.device)
+    def _plan(self, inputs: AttackInputs) -> windows.Plan:
+        height, width = windows.image(inputs.x[:1]).shape[2:]
+        return windows.plan(self.p_init, height, width, self.norm, inputs.eps.dtype, inputs.x.device)
 
     def _stage(self, plan: windows.Plan, query: Tensor) -> Tensor:
         return plan.stage(query * 10_000 // self.queries if self.rescaled else query)
 
-    def _radius(self, problem: Problem) -> Tensor:
+    def _radius(self, inputs: AttackInputs) -> Tensor:
         """(B,), no more than the box has room for, and a little less than eps for what float32 sums may be off."""
-        entries = problem.x[0].numel()
+        entries = inputs.x[0].numel()
         across = (self.box[1] - self.box[0]) * (entries if self.norm == "l1" else math.sqrt(entries))
         # Its square is to be a number too, in a box without end.
-        largest = math.sqrt(torch.finfo(problem.eps.dtype).max) / 2
-        return problem.eps.clamp_max(min(across, largest)) * (1 - 1e-6)
+        largest = math.sqrt(torch.finfo(inputs.eps.dtype).max) / 2
+        return inputs.eps.clamp_max(min(across, largest)) * (1 - 1e-6)
 
-    def _size(self, problem: Problem) -> Tensor:
+    def _size(self, inputs: AttackInputs) -> Tensor:
         """(B,), what no entry of a point exceeds in absolute value."""
         bound = max(abs(face) for face in self.box)
         if math.isfinite(bound):
-            return torch.full_like(problem.eps, bound)
-        reach = problem.eps if self.norm == "linf" else self._radius(problem)
-        return problem.x.flatten(1).abs().amax(1) + reach
+            return torch.full_like(inputs.eps, bound)
+        reach = inputs.eps if self.norm == "linf" else self._radius(inputs)
+        return inputs.x.flatten(1).abs().amax(1) + reach
 
 
 def _column(value: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def _joined(part: Any, other: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Problem(Rows):
+class AttackInputs(Rows):
     """One batch to attack, row by row.
 
     Attributes:
@@ -77,7 +77,7 @@ class Problem(Rows):
     target: Tensor | None = None
     strict: bool = True
 
-    def achieved(self, logits: Tensor) -> Tensor:
+    def goal_reached(self, logits: Tensor) -> Tensor:
         """Whether these logits (B, K) are what the attack wants, (B,) bool."""
         if self.target is None or not self.strict:
             return losses.misclassified(logits, self.y)
@@ -94,7 +94,7 @@ class Problem(Rows):
 
 
 @dataclass(frozen=True)
-class State(Rows):
+class AttackState(Rows):
     """Where a run stands; every tensor's first axis is the row. Attacks extend it with what they remember.
 
     Attributes:
@@ -102,7 +102,7 @@ class State(Rows):
         kept: (B, ...) what the run would return now.
         value: (B,) how good `kept` is, higher = better: the loss there, or minus its distance of a minimum-norm attack.
         broken: (B,) bool, whether `kept` achieves the goal within its radius.
-        survived: (B,) int64, points asked about before the first that achieves the goal.
+        steps_survived: (B,) int64, points asked about before the first that achieves the goal.
         iteration: (B,) int64, steps taken; Square, which may ask several at once, counts queries.
         spent: (B,) int64, forwards plus backwards, but for what is asked ahead in vain (see `Square`).
     """
@@ -111,30 +111,30 @@ class State(Rows):
     kept: Tensor
     value: Tensor
     broken: Tensor
-    survived: Tensor
+    steps_survived: Tensor
     iteration: Tensor
     spent: Tensor
 
     @classmethod
-    def at(cls, problem: Problem, point: Tensor, **own: Any) -> Self:
+    def at(cls, inputs: AttackInputs, point: Tensor, **own: Any) -> Self:
         """The state of a run that begins at `point` (B, ...) and has asked nothing yet."""
-        none = torch.zeros_like(problem.y, dtype=torch.int64)
-        value = torch.full_like(problem.eps, float("-inf"))
+        none = torch.zeros_like(inputs.y, dtype=torch.int64)
+        value = torch.full_like(inputs.eps, float("-inf"))
         return cls(point, point, value, none.bool(), none, none, none, **own)
 
-    def after(self, problem: Problem, logits: Tensor, value: Tensor, cost: int, first: bool = False) -> Self:
+    def after(self, inputs: AttackInputs, logits: Tensor, value: Tensor, cost: int, first: bool = False) -> Self:
         """The state after the model's answer about `point`, which is kept if it is better than what was.
 
         Better is what achieves the goal, and among equals the higher loss.
 
         Args:
-            problem: the rows.
+            inputs: the rows.
             logits: (B, K) at `point`.
             value: (B,) loss there.
             cost: forwards plus backwards that the answer took.
             first: what achieves the goal is kept for good, whatever comes after it.
         """
-        now, value = problem.achieved(logits), value.to(self.value.dtype)
+        now, value = inputs.goal_reached(logits), value.to(self.value.dtype)
         better = (now & ~self.broken) | ((now == self.broken) & (value > self.value))
         if first:
             better = better & ~self.broken
@@ -144,18 +144,18 @@ class State(Rows):
             value=torch.where(better, value, self.value),
             broken=self.broken | now,
             # A row that has survived every look so far, and this one.
-            survived=self.survived + (~now & (self.survived == self.iteration)),
+            steps_survived=self.steps_survived + (~now & (self.steps_survived == self.iteration)),
             iteration=self.iteration + 1,
             spent=self.spent + cost,
         )
 
 
-S = TypeVar("S", bound=State)
-E = TypeVar("E", bound="Enclosed")
+S = TypeVar("S", bound=AttackState)
+E = TypeVar("E", bound="ProjectedState")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Enclosed(State):
+class ProjectedState(AttackState):
     """A state that knows between which faces all points lie, where ball and box together are a box: in linf.
 
     Attributes:
@@ -167,20 +167,20 @@ class Enclosed(State):
     high: Tensor | None = None
 
     @classmethod
-    def within(cls, problem: Problem, point: Tensor, norm: Norm, box: Box, **own: Any) -> Self:
+    def within(cls, inputs: AttackInputs, point: Tensor, norm: Norm, box: Box, **own: Any) -> Self:
         """The state of a run that begins at `point` (B, ...) of the ball of that norm and the box."""
-        faces = geometry.faces(problem.x, problem.eps, box) if norm == "linf" else (None, None)
-        return cls.at(problem, point, low=faces[0], high=faces[1], **own)
+        faces = geometry.faces(inputs.x, inputs.eps, box) if norm == "linf" else (None, None)
+        return cls.at(inputs, point, low=faces[0], high=faces[1], **own)
 
-    def moved(self, problem: Problem, origin: Tensor, move: Tensor, norm: Norm, box: Box) -> Tensor:
+    def moved(self, inputs: AttackInputs, origin: Tensor, move: Tensor, norm: Norm, box: Box) -> Tensor:
         """Where `move` leads from `origin`, brought back into ball and box.
 
         All are (B, ...); `move` may be worked on in place.
         """
         move = move.to(torch.promote_types(move.dtype, origin.dtype))
         if self.low is None:
-            wide = problem.eps.dtype
-            delta = move.add_(origin.to(wide) - problem.x.to(wide))
-            return geometry.place(problem.x, delta, problem.eps, norm, box)
+            wide = inputs.eps.dtype
+            delta = move.add_(origin.to(wide) - inputs.x.to(wide))
+            return geometry.place(inputs.x, delta, inputs.eps, norm, box)
         # The faces were rounded towards x: a clamp is enough, at a fifth of the cost of `place`.
         return move.add_(origin).to(origin.dtype).clamp_(self.low, self.high)

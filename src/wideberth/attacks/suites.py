@@ -9,10 +9,10 @@ from typing import Literal, TypeAlias
 from wideberth import checks, losses
 from wideberth.attacks.apgd import APGD
 from wideberth.attacks.base import Attack
-from wideberth.attacks.descent import FMN
+from wideberth.attacks.ddn_fmn import FMN
 from wideberth.attacks.fab import FAB
-from wideberth.attacks.gradient import PGD
-from wideberth.attacks.margin import PMA
+from wideberth.attacks.pgd import PGD
+from wideberth.attacks.pma import PMA
 from wideberth.attacks.square import Square
 from wideberth.checks import Box, Norm
 
@@ -37,19 +37,19 @@ class Stage:
             not depend on who else is judged.
         precision: of the search; what it finds is judged in the model's own precision all the same. bfloat16 is for
             models in float32 on machines that have arithmetic of its own for it, and leaves others as they are.
-        abreast: so many of a sample's runs (restarts, targets) go side by side: fuller batches where few samples are
+        parallel_restarts: so many of a sample's runs (restarts, targets) go side by side: fuller batches where few samples are
             left, for more evaluations on those that break in one of them.
     """
 
     attack: Attack
     near: float | None = None
     precision: Precision = "float32"
-    abreast: int = 1
+    parallel_restarts: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense (`InputError`)."""
         checks.choice("precision", self.precision, ("float32", "bfloat16"))
-        checks.at_least("abreast", self.abreast, 1)
+        checks.at_least("parallel_restarts", self.parallel_restarts, 1)
 
 
 def pgd(norm: Norm, box: Box, classes: int, steps: int = 20, restarts: int = 2) -> dict[str, Attack]:
@@ -80,8 +80,8 @@ def standard(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
     targeted = APGD(norm=norm, box=box, loss=ratio, targets=5 if l1 else 9, large_eps=l1)
     return {
         "APGD-CE": Stage(APGD(norm=norm, box=box, restarts=5 if l1 else 1, large_eps=l1), precision="bfloat16"),
-        "APGD-T": Stage(targeted, precision="bfloat16", abreast=_ABREAST),
-        "FAB-T": Stage(FAB(norm=norm, box=box, targets=9), precision="bfloat16", abreast=_ABREAST),
+        "APGD-T": Stage(targeted, precision="bfloat16", parallel_restarts=_ABREAST),
+        "FAB-T": Stage(FAB(norm=norm, box=box, targets=9), precision="bfloat16", parallel_restarts=_ABREAST),
         "Square": Stage(Square(norm=norm, box=box), precision="bfloat16"),
         "APGD, float32": Stage(APGD(norm=norm, box=box, restarts=2, loss=losses.margin_loss), near=_NEAR),
     }
@@ -142,7 +142,10 @@ def fast(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
         "PMA": Stage(PMA(norm=norm, box=box, steps=20, diverse=0), precision="bfloat16"),
         "PMA diverse": Stage(PMA(norm=norm, box=box, steps=20, diverse=5, restarts=8), near=-0.9, precision="bfloat16"),
         "APGD margin": Stage(
-            APGD(norm=norm, box=box, restarts=3, loss=losses.margin_loss), near=-0.12, precision="bfloat16", abreast=3
+            APGD(norm=norm, box=box, restarts=3, loss=losses.margin_loss),
+            near=-0.12,
+            precision="bfloat16",
+            parallel_restarts=3,
         ),
         "Square": Stage(Square(norm=norm, box=box, queries=1000), near=-0.3, precision="bfloat16"),
     }

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, input_gradient
 from wideberth.attacks.spatial import images_only
-from wideberth.attacks.state import Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
 
@@ -24,7 +24,7 @@ _LEAST = 1e-280
 
 
 @dataclass(frozen=True)
-class Transporting(State):
+class Transporting(AttackState):
     """What a Wasserstein attack carries from one projection to the next, which begins where the last one ended.
 
     Attributes:
@@ -77,7 +77,7 @@ class Wasserstein(Attack):
     iterations: int = 20
     loss: Loss = losses.cross_entropy
 
-    ball: ClassVar[bool] = False
+    norm_bounded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""
@@ -94,27 +94,27 @@ class Wasserstein(Attack):
             raise InputError(f"box={self.box}: its low face must be finite, mass is what lies above it")
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """The steps, and a look at where they led."""
         return self.steps + 1
 
-    def begin(self, problem: Problem) -> State:
+    def init(self, inputs: AttackInputs) -> AttackState:
         """Begin at the clean images.
 
         Raises:
             InputError: for inputs that are not images.
         """
-        images_only(self, problem.x)
-        potential = torch.zeros_like(problem.x, dtype=torch.float64)
-        price = torch.ones_like(problem.eps, dtype=torch.float64)
-        return Transporting.at(problem, problem.x, potential=potential, price=price)
+        images_only(self, inputs.x)
+        potential = torch.zeros_like(inputs.x, dtype=torch.float64)
+        price = torch.ones_like(inputs.eps, dtype=torch.float64)
+        return Transporting.at(inputs, inputs.x, potential=potential, price=price)
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
         """One forward and one input gradient at `state.point`, then a step that is projected onto the ball."""
         assert isinstance(state, Transporting)
-        ascended = problem.loss(self.loss if loss is None else loss)
+        ascended = inputs.loss(self.loss if loss is None else loss)
         logits, value, gradient = input_gradient(model, state.point, ascended)
-        x, low, high = problem.x.double(), *self.box
+        x, low, high = inputs.x.double(), *self.box
         unit = (x - low).mean((1, 2, 3), keepdim=True)
         dark = unit <= 0
         unit = torch.where(dark, 1, unit)
@@ -123,13 +123,13 @@ class Wasserstein(Attack):
         if self.norm == "l2":
             direction = direction * math.sqrt(x[0].numel())
         wanted = (state.point.double() - low) / unit + self.step_size * direction
-        ball = Ball(mass, (high - low) / unit, problem.eps.double(), self.order, self.window, self.sharpness)
+        ball = Ball(mass, (high - low) / unit, inputs.eps.double(), self.order, self.window, self.sharpness)
         potential, price = ball.sinkhorn(wanted, state.potential, state.price, self.iterations)
         delta = (ball.carried(potential, price) - mass) * unit
-        found = geometry.inward(problem.x, delta).clamp(*self.box)
-        still = dark | geometry.column(problem.eps == 0, x)
-        state = state.after(problem, logits, value, cost=2)
-        return replace(state, point=torch.where(still, problem.x, found), potential=potential, price=price)
+        found = geometry.inward(inputs.x, delta).clamp(*self.box)
+        still = dark | geometry.column(inputs.eps == 0, x)
+        state = state.after(inputs, logits, value, cost=2)
+        return replace(state, point=torch.where(still, inputs.x, found), potential=potential, price=price)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from wideberth.checks import InputError, Norm
 from wideberth.commands.evaluate import subject
 from wideberth.commands.parsing import call, print_to_terminal
 from wideberth.data import Data
-from wideberth.modes import borrowed
+from wideberth.modes import lent
 from wideberth.runs import write_atomically
 
 
@@ -51,7 +51,7 @@ def run(
     for begin in range(0, total, batch_size):
         x, y, index = split.__getitems__(list(range(begin, min(begin + batch_size, total))))
         x, y = x.to(device), y.to(device)
-        with borrowed(network), torch.no_grad():
+        with lent(network), torch.no_grad():
             logit = losses.logit_margin(network(x), y)
         margin, weight, nearest = margins.measure(network, x, y, norm)
         columns = {

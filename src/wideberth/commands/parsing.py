@@ -71,7 +71,7 @@ class Parser(ArgumentParser):
 
 
 _SCAFFOLD = re.compile(
-    r"Does not validate|Subtypes:|Errors:|Given value|Problem with given|Parser key|Expected a <class 'NoneType'>"
+    r"Does not validate|Subtypes:|Errors:|Given value|AttackInputs with given|Parser key|Expected a <class 'NoneType'>"
 )
 
 

@@ -184,7 +184,7 @@ def _stages_of(suite: str | Mapping[str, Attack | Stage], norm: Norm, box: Box, 
         raise InputError("suite: holds no attack, and nothing would count as broken")
     for name, stage in line_up.items():
         attack = stage.attack
-        if not attack.ball:
+        if not attack.norm_bounded:
             kind = type(attack).__name__
             raise InputError(f"suite: {name}: {kind} knows no ball of a norm, as a verdict does; call it directly")
         if attack.norm != norm or tuple(attack.box) != tuple(box):
@@ -264,7 +264,7 @@ def _stages(samples: pd.DataFrame, line_up: Mapping[str, Stage], seconds: list[f
         left -= float((samples["clean_correct"] & (samples["attack"] == name)).mean())
         settings = describe(stage.attack)
         told.append({"name": name, "robust_accuracy": left, "seconds": spent, "settings": settings})
-        told[-1] |= {"near": stage.near, "precision": stage.precision, "abreast": stage.abreast}
+        told[-1] |= {"near": stage.near, "precision": stage.precision, "parallel_restarts": stage.parallel_restarts}
     return told
 
 

@@ -26,7 +26,7 @@ from wideberth.attacks import FGSM, PGD, Attack
 from wideberth.checks import Box, InputError, Norm
 from wideberth.losses import Loss
 from wideberth.models.stand_in import fused
-from wideberth.modes import borrowed
+from wideberth.modes import lent
 from wideberth.randomness import Noise, fold, permutation
 
 STEPS = 20
@@ -69,7 +69,7 @@ class Subject:
     """What is examined; attacks run when a check first asks for them.
 
     Attributes:
-        model: borrowed, in eval mode.
+        model: lent, in eval mode.
         x: (B, ...) samples on the model's device, classified correctly unless there is an `obstacle`.
         y: (B,) labels.
         where: (B,) their positions in the data.
@@ -256,7 +256,7 @@ def drawn(model: nn.Module, x: Tensor, y: Tensor, seed: int, rows: int) -> tuple
     """Positions of up to `rows` correctly classified samples, and why attacks would tell nothing ("" as a rule).
 
     Args:
-        model: borrowed already.
+        model: lent already.
         x: (N, ...) samples.
         y: (N,) labels.
         seed: of the order in which they are tried: test sets are often sorted by class.
@@ -362,7 +362,7 @@ def undisturbed(model: nn.Module, device: torch.device, seed: int) -> Iterator[N
         with (
             torch.random.fork_rng([device] if forked else [], device_type=device.type if forked else "cuda"),
             torch.autocast(device.type, enabled=False),
-            borrowed(model),
+            lent(model),
         ):
             torch.default_generator.manual_seed(seed)
             if device.type == "cuda":

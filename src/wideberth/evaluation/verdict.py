@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from wideberth import geometry, losses
 from wideberth.attacks.base import Attack
 from wideberth.attacks.schedule import Left, Schedule
-from wideberth.attacks.state import Problem
+from wideberth.attacks.state import AttackInputs
 from wideberth.attacks.suites import Stage
 from wideberth.checks import Box, InputError, Norm
 from wideberth.evaluation.verify import TOLERANCE, inside, judging
 from wideberth.models.stand_in import fused, narrowed
-from wideberth.modes import borrowed
+from wideberth.modes import lent
 from wideberth.randomness import Noise, fold
 from wideberth.runs import write_atomically
 
@@ -134,7 +134,7 @@ class Case:
     """What is judged.
 
     Attributes:
-        model: in any mode; borrowed.
+        model: in any mode; lent.
         x: (N, ...) all samples, where they are stored.
         y: (N,) labels.
         index: (N,) what names each sample's random stream.
@@ -226,19 +226,19 @@ def _run_stage(
         wanted &= ledger.closest >= stage.near
     ledger.due[~wanted] = runs
     eps = geometry.per_sample(case.eps, case.x)
-    problem = Problem(case.x, case.y, eps, Noise(case.index, fold(case.seed, name)))
+    inputs = AttackInputs(case.x, case.y, eps, Noise(case.index, fold(case.seed, name)))
     likely = losses.likeliest(case.logits, case.y) if attack.targets else None
     saved = began
-    with borrowed(case.model):
+    with lent(case.model):
         schedule = Schedule(
             asked,
             attack,
-            problem,
+            inputs,
             runs=runs,
             batch_size=batch_size,
             likely=likely,
             run=ledger.due,  # shared: what the schedule counts up is what is saved
-            abreast=stage.abreast,
+            parallel_restarts=stage.parallel_restarts,
         )
         while schedule.busy:
             for left in schedule.step():
@@ -256,7 +256,7 @@ def _run_stage(
 def _judge(case: Case, place: int, attack: Attack, ledger: Ledger, left: Left) -> Tensor:
     """See again what the runs that have ended offer; enter it, and return which are to go on, (n,) bool."""
     rows = left.rows
-    points = attack.candidate(left.state)
+    points = attack.result(left.state)
     x, y = case.x[rows].to(points.device), case.y[rows].to(points.device)
     with judging(case.model, points):
         logits = case.model(points)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wideberth import geometry, losses
 from wideberth.checks import Box, Norm
-from wideberth.modes import borrowed
+from wideberth.modes import lent
 
 TOLERANCE = 1e-6
 """Relative slack on the radius: what float32 arithmetic needs, far below what changes a verdict."""
@@ -19,7 +19,7 @@ TOLERANCE = 1e-6
 @contextmanager
 def judging(model: nn.Module, x: Tensor) -> Iterator[None]:
     """The model as a verdict sees it: in eval mode, without gradients, and in its own precision, not autocast's."""
-    with borrowed(model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with lent(model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         yield
 
 

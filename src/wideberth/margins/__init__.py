@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from wideberth import checks, geometry
 from wideberth.checks import Norm
 from wideberth.losses import logit_margin as logit_margin_of
-from wideberth.modes import borrowed
+from wideberth.modes import lent
 
 __all__ = ["effective_margin", "effective_weight_norm", "logit_margin", "measure"]
 
 
 def logit_margin(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Logit of the label minus the largest other, (B,): positive where x (B, ...) is classified as y (B,)."""
-    with borrowed(model), torch.no_grad():
+    with lent(model), torch.no_grad():
         return logit_margin_of(model(x), y)
 
 
@@ -66,7 +66,7 @@ def measure(
 
 
 def _measure(model: nn.Module, x: Tensor, y: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    with borrowed(model), torch.enable_grad():
+    with lent(model), torch.enable_grad():
         point = x.detach().requires_grad_()
         logits = model(point)
         checks.valid_logits(logits, len(x))

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from wideberth.models.transposed import Transposed
-from wideberth.modes import borrowed
+from wideberth.modes import lent
 
 _SAME = 1e-3
 """How far the copy's logits may be off, in units of the largest logit: float32 and TF32 stay within it."""
@@ -36,7 +36,7 @@ def fused(model: nn.Module, x: Tensor) -> nn.Module:
         return model
     from torch.fx.experimental.optimization import fuse  # not loaded before it is needed: it takes half a second
 
-    with borrowed(model), torch.no_grad():
+    with lent(model), torch.no_grad():
         try:
             copy = fuse(model).to(memory_format=torch.channels_last)
             same = _says(copy, model, x, _SAME)
@@ -71,7 +71,7 @@ def narrowed(model: nn.Module, x: Tensor) -> nn.Module:
     if isinstance(model, nn.Conv2d | nn.Linear):  # the last layer stays as it is
         return model
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    with borrowed(model), torch.no_grad():
+    with lent(model), torch.no_grad():
         try:
             copy = deepcopy(model)
             rectified = _take_rectifiers(copy, layers[:-1])

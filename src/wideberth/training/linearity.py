@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import input_gradient
 from wideberth.checks import Box
-from wideberth.modes import Mode, borrowed
+from wideberth.modes import Mode, lent
 from wideberth.randomness import Noise
 from wideberth.training.curvature import twice_differentiable
 from wideberth.training.penalty import Regularizer, Where, gradient_of, positive, squared_norm
@@ -50,7 +50,7 @@ class InputGradient(Regularizer):
         self.method, self.step = method, step
         self.twice = method == "double"
 
-    def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
+    def compute(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """The squared l2 norm of each sample's loss gradient, or the squared slope along it, (B,)."""
         del noise
         loss = losses.cross_entropy(model(point), y)
@@ -106,7 +106,7 @@ class LocalLinearity(Regularizer):
         self.eps, self.steps, self.step_size, self.gradient_weight = eps, steps, step_size, gradient_weight
         self.box = (box[0], box[1])
 
-    def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
+    def compute(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """How far each sample's loss departs from its tangent, and how far the tangent rises or falls, (B,)."""
         with twice_differentiable():
             loss = losses.cross_entropy(model(point), y)
@@ -133,7 +133,7 @@ class LocalLinearity(Regularizer):
         start = geometry.random_start(x, eps, "linf", "uniform", noise.fold("linearity"))
         point = geometry.place(x, start, eps, "linf", self.box)
         mean, spread = torch.zeros_like(x), torch.zeros_like(x)
-        with borrowed(model, "keep"):
+        with lent(model, "keep"):
             for step in range(1, self.steps + 1):
                 _, value, slope = input_gradient(model, point, lambda logits: losses.cross_entropy(logits, y))
                 gap = value - loss - ((point - x) * gradient).flatten(1).sum(1)
@@ -173,12 +173,12 @@ class GradientAlignment(Regularizer):
         checks.valid_eps(eps)
         self.eps = eps
 
-    def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
+    def compute(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """One minus the cosine between each sample's two loss gradients, (B,): 0 to 2, up to rounding."""
         eps = geometry.per_sample(self.eps, point)
         delta = geometry.random_start(point.detach(), eps, "linf", "uniform", noise.fold("alignment"))
         further = (point.detach() + delta).to(point.dtype).requires_grad_()
-        with borrowed(model, "keep"):
+        with lent(model, "keep"):
             here = input_gradient(model, point, lambda logits: losses.soft_margin_loss(logits, y))[2]
         with twice_differentiable():
             there = gradient_of(losses.soft_margin_loss(model(further), y), further)
@@ -219,7 +219,7 @@ class Curvature(Regularizer):
             raise checks.InputError(f"power={power!r}: accepted are 1, 2")
         self.step, self.power = step, power
 
-    def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
+    def compute(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """The length, or the squared length, of the change of each sample's loss gradient, (B,)."""
         del noise
         gradient = gradient_of(losses.cross_entropy(model(point), y), point)

@@ -15,15 +15,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from wideberth import losses
 from wideberth.attacks import PGD
-from wideberth.attacks.base import Adversarial, Attack
-from wideberth.attacks.state import Problem
+from wideberth.attacks.base import Attack
+from wideberth.attacks.state import AttackInputs
 from wideberth.checks import Box, InputError
 from wideberth.data.augment import Augmentation
 from wideberth.evaluation.verify import judging, verify
-from wideberth.losses import Loss
-from wideberth.modes import Mode, borrowed
+from wideberth.modes import Mode, lent
 from wideberth.randomness import Noise, fold
-from wideberth.training.objectives import AdversarialCrossEntropy, Objective, Payment
+from wideberth.training.objectives import AdversarialCrossEntropy, LossTerms, Objective
 from wideberth.training.perturbation import AWP, check_perturbation, unnoticed
 from wideberth.training.radii import Radius, Zero
 from wideberth.training.regularizers import Regularizer, settled
@@ -78,23 +77,23 @@ def check_combination(attack: Attack, radius: Radius, objective: Objective, weig
 
 def within_norm(attack: Attack) -> bool:
     """Whether eps is the radius of a norm ball; N-FGSM's is, though its points leave it."""
-    return attack.ball or isinstance(attack, PGD)
+    return attack.norm_bounded or isinstance(attack, PGD)
 
 
-def default_judge(attack: Attack) -> Attack:
+def default_validation_attack(attack: Attack) -> Attack:
     """What judges held-out data unless said otherwise: see `RobustTraining`."""
     if not within_norm(attack):
         return attack
     return PGD(norm=attack.norm, box=attack.box, loss=losses.margin_loss, keep="first_flip")
 
 
-def check_judge(judge: Attack, attack: Attack) -> None:
+def check_validation_attack(judge: Attack, attack: Attack) -> None:
     """Refuse a judge for which a radius means something else than for the training attack (`InputError`)."""
     for name in ("norm", "box"):
         its, theirs = getattr(judge, name), getattr(attack, name)
         if its != theirs:
             raise InputError(f"judge.{name}={its!r} with attack.{name}={theirs!r}: must be the same")
-    if judge.ball != within_norm(attack):
+    if judge.norm_bounded != within_norm(attack):
         kinds = type(judge).__name__, type(attack).__name__
         raise InputError(
             f"judge={kinds[0]} with attack={kinds[1]}: must keep to the same radius, both a norm's or neither"
@@ -150,9 +149,9 @@ class RobustTraining(L.LightningModule):
         self.regularizers, self.augment = list(regularizers), augment
         self.optimizer, self.scheduler, self.scheduler_interval = optimizer, scheduler, scheduler_interval
         self.attack_mode, self.seed, self.perturbation = attack_mode, seed, perturbation
-        self.judge = default_judge(attack) if judge is None else judge
+        self.judge = default_validation_attack(attack) if judge is None else judge
         check_combination(attack, self.radius, self.objective, self.weighting)
-        check_judge(self.judge, attack)
+        check_validation_attack(self.judge, attack)
         check_perturbation(perturbation, model)
         self.radius.allocate(samples)
         self.rows = torch.arange(samples)
@@ -183,18 +182,18 @@ class RobustTraining(L.LightningModule):
         x_adv = self.perturb(step, eps)
         with self.climbed(step, x_adv) as before:
             penalty = self.penalty(step, x_adv)  # first, since its graph is gone before the objective builds its own
-            payment, weights, loss = self.pay(step, x_adv)
+            terms, weights, loss = self.compute(step, x_adv)
             loss = loss + penalty
             if before is not None:  # the gradient is taken here; a later backward finds the weights put back
-                loss, payment = self.settle(loss), before
-        if self.radius.needs_adversary and payment.adversarial_logits is None:
+                loss, terms = self.settle(loss), before
+        if self.radius.needs_adversary and terms.adversarial_logits is None:
             name = type(self.objective).__name__
             raise InputError(f"objective={name}: gave no adversarial logits, from which the radii are to be learned")
-        if payment.adversarial_logits is not None:
-            self.radius.observe(step, payment.adversarial_logits)
+        if terms.adversarial_logits is not None:
+            self.radius.observe(step, terms.adversarial_logits)
         self.visited[step.index] = True
         self._watch(loss)
-        self._log(step, payment, weights, loss, penalty, perturbed=step.found is not None)
+        self._log(step, terms, weights, loss, penalty, perturbed=step.found is not None)
         return loss
 
     def open(self, batch: Batch, batch_idx: int) -> Step:
@@ -207,11 +206,7 @@ class RobustTraining(L.LightningModule):
         batches = self.trainer.num_training_batches
         progress = epoch + (batch_idx / batches if batches not in (0, float("inf")) else 0.0)
         where = self.attack.norm, self.attack.box
-        return Step(self.model, x, y, index, epoch, progress, noise, self.attack_mode, self.craft, *where)
-
-    def craft(self, model: nn.Module, problem: Problem, loss: Loss | None, judge: bool) -> Adversarial:
-        """The training attack, without the checks of a call."""
-        return self.attack.craft(model, problem, loss=loss, judge=judge)
+        return Step(self.model, x, y, index, epoch, progress, noise, self.attack_mode, self.attack, *where)
 
     def perturb(self, step: Step, eps: Tensor) -> Tensor:
         """The worst points found, (B, ...); the inputs themselves where nothing may or need be moved."""
@@ -231,26 +226,26 @@ class RobustTraining(L.LightningModule):
                 total = total + self.settle(weight * values.mean())
         return total
 
-    def pay(self, step: Step, x_adv: Tensor) -> tuple[Payment, Tensor, Tensor]:
+    def compute(self, step: Step, x_adv: Tensor) -> tuple[LossTerms, Tensor, Tensor]:
         """What the batch pays, what each sample weighs (B,), and the mean of both together, ()."""
-        payment = self.objective.pay(step, x_adv)
-        weights = self.weighting.weigh(step, payment)
-        return payment, weights, payment.total(weights).mean()
+        terms = self.objective.compute(step, x_adv)
+        weights = self.weighting.compute(step, terms)
+        return terms, weights, terms.total(weights).mean()
 
     @contextmanager
-    def climbed(self, step: Step, x_adv: Tensor) -> Iterator[Payment | None]:
+    def climbed(self, step: Step, x_adv: Tensor) -> Iterator[LossTerms | None]:
         """The weights where the loss is worst nearby, where they are to be perturbed, and what was paid before."""
         if self.perturbation is None or step.epoch < self.perturbation.warmup:
             yield None
             return
         with unnoticed(self, step.x.device):
-            payment, _, loss = self.pay(step, x_adv)
+            terms, _, loss = self.compute(step, x_adv)
             ascent = self.perturbation.ascent(step.model, loss)
         if self.trainer.world_size > 1:  # the whole batch's, as if one process had climbed
             ascent = [self.trainer.strategy.reduce(gradient, reduce_op="mean") for gradient in ascent]
-        paid = (payment.losses, payment.clean_logits, payment.adversarial_logits, payment.unweighted)
-        before = Payment(*(None if value is None else value.detach() for value in paid))  # type: ignore[arg-type]
-        del payment, loss, paid  # and the graph with them
+        paid = (terms.losses, terms.clean_logits, terms.adversarial_logits, terms.unweighted)
+        before = LossTerms(*(None if value is None else value.detach() for value in paid))  # type: ignore[arg-type]
+        del terms, loss, paid  # and the graph with them
         with self.perturbation.moved(step.model, ascent):
             yield before
 
@@ -265,12 +260,12 @@ class RobustTraining(L.LightningModule):
         """Clean accuracy, and accuracy under the judge at the policy's nominal radius."""
         x, y, index = batch
         # Lightning validates in inference mode, where no input gradient can be taken.
-        with torch.inference_mode(False), borrowed(self.model):
+        with torch.inference_mode(False), lent(self.model):
             x, y = x.clone(), y.clone()
             with torch.no_grad():
                 clean = ~losses.misclassified(self.model(x), y)
             held = None
-            if self.radius.nominal():  # without a radius there is nothing to call robust
+            if self.radius.eval_eps():  # without a radius there is nothing to call robust
                 held = self.withstood(self.judge, x, y, Noise(index.clone(), fold(self.seed, "validation")))
         options: dict[str, Any] = {"on_epoch": True, "on_step": False, "batch_size": len(y), "sync_dist": True}
         self.log("validation_clean", clean.float().mean(), prog_bar=True, **options)
@@ -279,10 +274,10 @@ class RobustTraining(L.LightningModule):
 
     def withstood(self, attack: Attack, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """Whether each sample stands `attack` at the nominal radius, (B,) bool; what breaks it is seen again."""
-        eps = torch.full((len(y),), self.radius.nominal(), device=x.device)
-        with borrowed(self.model):
-            found = attack.craft(self.model, Problem(x, y, eps, noise), judge=False).x
-        if attack.ball:
+        eps = torch.full((len(y),), self.radius.eval_eps(), device=x.device)
+        with lent(self.model):
+            found = attack.perturb(self.model, AttackInputs(x, y, eps, noise), judge=False).x
+        if attack.norm_bounded:
             return ~verify(self.model, x, y, found, eps, attack.norm, attack.box)
         with judging(self.model, x):
             return ~losses.misclassified(self.model(found), y)
@@ -340,14 +335,14 @@ class RobustTraining(L.LightningModule):
             )
 
     def _log(
-        self, step: Step, payment: Payment, weights: Tensor, loss: Tensor, penalty: Tensor, *, perturbed: bool
+        self, step: Step, terms: LossTerms, weights: Tensor, loss: Tensor, penalty: Tensor, *, perturbed: bool
     ) -> None:
         values = {"loss": loss.detach(), "penalty": penalty.detach()}
         if not isinstance(self.weighting, Uniform):
             values["weight_mean"] = weights.detach().float().mean()
         # Without a perturbation, the logits at the adversarial points are those at the clean ones.
         adversarial = "accuracy_adversarial" if perturbed else "accuracy_clean"
-        for name, logits in ((adversarial, payment.adversarial_logits), ("accuracy_clean", payment.clean_logits)):
+        for name, logits in ((adversarial, terms.adversarial_logits), ("accuracy_clean", terms.clean_logits)):
             if logits is not None:
                 values[name] = 1 - losses.misclassified(logits.detach(), step.y).float().mean()
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(step.y))

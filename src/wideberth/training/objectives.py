@@ -15,7 +15,7 @@ from wideberth.training.step import Step
 
 
 @dataclass(frozen=True)
-class Payment:
+class LossTerms:
     """What a batch pays, and the logits (B, K) the objective saw on the way (None: it did not look there).
 
     Attributes:
@@ -37,7 +37,7 @@ class Payment:
 
 
 class Objective(ABC):
-    """What the model pays; a new objective is one subclass with a `pay`."""
+    """What the model pays; a new objective is one subclass with a `compute`."""
 
     adversarial = True
     """Whether it looks at adversarial points at all."""
@@ -55,7 +55,7 @@ class Objective(ABC):
         return lambda logits, y: losses.kl_divergence(clean, logits)
 
     @abstractmethod
-    def pay(self, step: Step, x_adv: Tensor) -> Payment:
+    def compute(self, step: Step, x_adv: Tensor) -> LossTerms:
         """The losses of a batch; `x_adv` is (B, ...), equal to the clean inputs where no attack was made."""
 
 
@@ -71,10 +71,10 @@ class CleanCrossEntropy(Objective):
 
     adversarial = False
 
-    def pay(self, step: Step, x_adv: Tensor) -> Payment:
+    def compute(self, step: Step, x_adv: Tensor) -> LossTerms:
         """CE(z(x), y)."""
         logits = step.model(step.x)
-        return Payment(self.loss(logits, step.y), clean_logits=logits)
+        return LossTerms(self.loss(logits, step.y), clean_logits=logits)
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class AdversarialCrossEntropy(Objective):
 
     loss: TrainingLoss = losses.cross_entropy
 
-    def pay(self, step: Step, x_adv: Tensor) -> Payment:
+    def compute(self, step: Step, x_adv: Tensor) -> LossTerms:
         """CE(z(x_adv), y)."""
         logits = step.model(x_adv)
-        return Payment(self.loss(logits, step.y), adversarial_logits=logits)
+        return LossTerms(self.loss(logits, step.y), adversarial_logits=logits)
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ class TRADES(Objective):
         """Unless the attack is to ascend its own loss."""
         return self.inner == "kl"
 
-    def pay(self, step: Step, x_adv: Tensor) -> Payment:
+    def compute(self, step: Step, x_adv: Tensor) -> LossTerms:
         """CE(z(x), y) + beta * KL(p(x) || p(x_adv)), gradients through both arguments."""
         clean, adversarial = step.model(step.x), step.model(x_adv)
         drift = self.beta * losses.kl_divergence(clean, adversarial)
-        return Payment(drift, clean, adversarial, unweighted=self.loss(clean, step.y))
+        return LossTerms(drift, clean, adversarial, unweighted=self.loss(clean, step.y))
 
 
 @dataclass(frozen=True)
@@ -153,14 +153,14 @@ class MART(Objective):
         """Refuse a negative weight (`InputError`)."""
         checks.at_least("beta", self.beta, 0)
 
-    def pay(self, step: Step, x_adv: Tensor) -> Payment:
+    def compute(self, step: Step, x_adv: Tensor) -> LossTerms:
         """BCE(p(x_adv), y) + beta * KL(p(x) || p(x_adv)) * (1 - p_y(x)), gradients through all of it."""
         clean, adversarial = wide(step.model(step.x)), wide(step.model(x_adv))
         rival = losses.likeliest(adversarial.detach(), step.y)[:, :1]
         boosted = losses.cross_entropy(adversarial, step.y) - (1e-4 + all_but(adversarial.softmax(1), rival)).log()
         doubt = all_but(clean.softmax(1), step.y[:, None])
         drift = self.beta * losses.kl_divergence(clean, adversarial) * doubt
-        return Payment(boosted, clean, adversarial, unweighted=drift)
+        return LossTerms(boosted, clean, adversarial, unweighted=drift)
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -194,11 +194,11 @@ class ALP(Objective):
         """Refuse a negative weight (`InputError`)."""
         checks.at_least("beta", self.beta, 0)
 
-    def pay(self, step: Step, x_adv: Tensor) -> Payment:
+    def compute(self, step: Step, x_adv: Tensor) -> LossTerms:
         """CE(z(x), y) / 2 + CE(z(x_adv), y) / 2 + beta * mean((z(x) - z(x_adv))^2), gradients through both logits."""
         clean, adversarial = step.model(step.x), step.model(x_adv)
         there = self.loss(adversarial, step.y) / 2 + self.beta * (clean - adversarial).square().mean(1)
-        return Payment(there, clean, adversarial, unweighted=self.loss(clean, step.y) / 2)
+        return LossTerms(there, clean, adversarial, unweighted=self.loss(clean, step.y) / 2)
 
 
 class LBGAT(nn.Module, Objective):
@@ -230,7 +230,7 @@ class LBGAT(nn.Module, Objective):
         """Always."""
         return True
 
-    def pay(self, step: Step, x_adv: Tensor) -> Payment:
+    def compute(self, step: Step, x_adv: Tensor) -> LossTerms:
         """mean((z(x_adv) - t(x))^2) + CE(t(x), y) + beta * KL(p(x) || p(x_adv)), gradients into both networks."""
         taught, adversarial = self.teacher(step.x), step.model(x_adv)
         if taught.shape != adversarial.shape:
@@ -240,7 +240,7 @@ class LBGAT(nn.Module, Objective):
         if self.beta:
             clean = step.model(step.x)
             paid = paid + self.beta * losses.kl_divergence(clean, adversarial)
-        return Payment(paid, clean, adversarial, unweighted=losses.cross_entropy(taught, step.y))
+        return LossTerms(paid, clean, adversarial, unweighted=losses.cross_entropy(taught, step.y))
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class MaxMargin(Objective):
         """Refuse what is no share (`InputError`)."""
         checks.share("share", self.share)
 
-    def pay(self, step: Step, x_adv: Tensor) -> Payment:
+    def compute(self, step: Step, x_adv: Tensor) -> LossTerms:
         """(1 - share) * (CE(z(x_adv), y) if right and near, CE(z(x), y) if wrong, else 0) + share * CE(z(x), y)."""
         clean, adversarial = step.model(step.x), step.model(x_adv)
         right = losses.soft_margin_loss(clean, step.y) < 0
@@ -275,4 +275,4 @@ class MaxMargin(Objective):
         if step.near is not None:
             there = torch.where(step.near, there, 0)
         margin = torch.where(right, there, here)
-        return Payment((1 - self.share) * margin, clean, adversarial, unweighted=self.share * here)
+        return LossTerms((1 - self.share) * margin, clean, adversarial, unweighted=self.share * here)

@@ -1,4 +1,4 @@
-"""What every regularizer is: one value per sample, of a borrowed model, with graph to its parameters."""
+"""What every regularizer is: one value per sample, of a lent model, with graph to its parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth.checks import InputError
-from wideberth.modes import Mode, borrowed
+from wideberth.modes import Mode, lent
 from wideberth.randomness import Noise
 from wideberth.training.curvature import twice_differentiable
 from wideberth.training.schedules import Schedule, not_negative, value_at
@@ -20,7 +20,7 @@ Where: TypeAlias = Literal["adversarial", "clean"]
 
 
 class Regularizer(ABC):
-    """What the shape of the function pays; a new regularizer is one subclass with a `penalise`.
+    """What the shape of the function pays; a new regularizer is one subclass with a `compute`.
 
     Args:
         weight: factor of the mean penalty in the loss: a number >= 0, or a `Schedule` of the epoch.
@@ -30,7 +30,7 @@ class Regularizer(ABC):
     Attributes:
         where: which points it is given: the "adversarial" ones (the clean inputs where there are none), or always the
             "clean" ones.
-        twice: whether `penalise` differentiates gradients of the model again, for which its forwards are then prepared
+        twice: whether `compute` differentiates gradients of the model again, for which its forwards are then prepared
             (`twice_differentiable`). One that does not says False, and pays nothing for it.
     """
 
@@ -55,11 +55,11 @@ class Regularizer(ABC):
         point = x.detach().requires_grad_()
         # In float32 under autocast too: the squares are tiny at initialisation (1e-5 on a small net).
         wide = torch.autocast(x.device.type, enabled=False)
-        with borrowed(model, self.mode, freeze=False), wide, twice_differentiable() if self.twice else nullcontext():
-            return self.penalise(model, point, y, noise)
+        with lent(model, self.mode, freeze=False), wide, twice_differentiable() if self.twice else nullcontext():
+            return self.compute(model, point, y, noise)
 
     @abstractmethod
-    def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
+    def compute(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """The penalty at `point` (B, ...), which takes gradients, (B,)."""
 
     def weight_at(self, epoch: float) -> float:

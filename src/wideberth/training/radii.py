@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.modes import borrowed
+from wideberth.modes import lent
 from wideberth.training.schedules import Schedule, not_negative, value_at
 from wideberth.training.step import Step
 
@@ -56,7 +56,7 @@ class Radius(nn.Module, ABC):
     def observe(self, step: Step, adversarial_logits: Tensor) -> None:
         """Learn from the logits (B, K) at the adversarial points, which the objective has computed anyway."""
 
-    def nominal(self) -> float:
+    def eval_eps(self) -> float:
         """The radius that the run is judged at while it trains; 0: it is judged on clean inputs alone."""
         return 0.0
 
@@ -88,7 +88,7 @@ class Fixed(Radius):
         ramp = min(1.0, step.progress / self.warmup) if self.warmup else 1.0
         return torch.full((len(step.y),), ramp * value_at(self.eps, step.progress), device=step.x.device)
 
-    def nominal(self) -> float:
+    def eval_eps(self) -> float:
         """The final radius."""
         return value_at(self.eps, float("inf"))
 
@@ -123,7 +123,7 @@ class ClassWise(Radius):
     def propose(self, step: Step) -> Tensor:
         """The radius of each sample's class at the moment, (B,)."""
         if not self._fits:  # asked once: a label beyond the last radius must not stop a GPU without a word
-            with borrowed(step.model), torch.no_grad():
+            with lent(step.model), torch.no_grad():
                 classes = step.model(step.x[:1]).shape[1]
             if classes != len(self.eps):
                 raise checks.InputError(f"eps: {len(self.eps)} radii, the model has {classes} classes: one for each")
@@ -131,7 +131,7 @@ class ClassWise(Radius):
         ramp = min(1.0, step.progress / self.warmup) if self.warmup else 1.0
         return ramp * self.by_class[step.y]
 
-    def nominal(self) -> float:
+    def eval_eps(self) -> float:
         """The largest: what holds there holds at the radius of its class."""
         return max(self.eps)
 
@@ -205,7 +205,7 @@ class InstanceAdaptive(Radius):
         """One radius per sample, all at `eps`."""
         self.radii = torch.full((size,), float(self.eps), device=self.radii.device)
 
-    def nominal(self) -> float:
+    def eval_eps(self) -> float:
         """The radius of the warm-up."""
         return self.eps
 
@@ -282,7 +282,7 @@ class ShortestSuccessful(Radius):
         """One distance per sample, all 0: not found yet."""
         self.radii = torch.zeros(size, device=self.radii.device)
 
-    def nominal(self) -> float:
+    def eval_eps(self) -> float:
         """The maximum: the radius that every sample is to hold at."""
         return self.maximum
 
@@ -302,7 +302,7 @@ class ShortestSuccessful(Radius):
 
         low, high = torch.zeros_like(distance), torch.full_like(distance, 1.05 * self.maximum)
         distance = torch.minimum(distance, high)
-        with borrowed(step.model, step.attack_mode), torch.no_grad():
+        with lent(step.model, step.attack_mode), torch.no_grad():
             for _ in range(self.bisections):
                 holds = losses.soft_margin_loss(step.model(at(distance)), step.y) < 0
                 low, high = torch.where(holds, distance, low), torch.where(holds, high, distance)

@@ -95,7 +95,7 @@ class Recorder(L.Callback):
         radii = training_radii(module)
         if not len(radii):
             return {}
-        low, high = 0.0, max(float(radii.max()), module.radius.nominal(), 1e-9)
+        low, high = 0.0, max(float(radii.max()), module.radius.eval_eps(), 1e-9)
         count, edges = np.histogram(radii, bins=BINS, range=(low, high))
         self._radii.append(
             pd.DataFrame({"epoch": trainer.current_epoch, "low": edges[:-1], "high": edges[1:], "count": count})

@@ -92,7 +92,7 @@ class EffectiveMargin(Regularizer):
         checks.at_least("draws", draws, 1)
         self.estimator, self.temperature, self.draws = estimator, temperature, draws
 
-    def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
+    def compute(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """The estimate of each sample's squared effective weight norm, (B,)."""
         logits = model(point)
         if self.estimator == "softmax":
@@ -123,7 +123,7 @@ class Jacobian(Regularizer):
         checks.at_least("draws", draws, 1)
         self.draws, self.exact = draws, exact
 
-    def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
+    def compute(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """Half of each sample's squared Frobenius norm, or of its estimate, (B,)."""
         logits = model(point)
         if self.exact:
@@ -178,7 +178,7 @@ class WeightNorm(Regularizer):
         checks.at_least("sparsity", sparsity, 0)
         self.sparsity, self.layers = sparsity, layers
 
-    def penalise(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
+    def compute(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """The sum over the layers, once per sample, (B,)."""
         del y, noise
         total = torch.zeros((), dtype=point.dtype, device=point.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import losses
-from wideberth.attacks.base import Adversarial
-from wideberth.attacks.state import Problem
+from wideberth.attacks.base import Adversarial, Attack
+from wideberth.attacks.state import AttackInputs
 from wideberth.checks import Box, Norm
 from wideberth.losses import Loss
-from wideberth.modes import Mode, borrowed
+from wideberth.modes import Mode, lent
 from wideberth.randomness import Noise
-
-Craft = Callable[[nn.Module, Problem, Loss | None, bool], Adversarial]
 
 
 @dataclass
@@ -32,7 +29,7 @@ class Step:
         epoch: 0-based; `progress` adds the fraction of the epoch that is over.
         noise: one random stream per row, of this epoch.
         attack_mode: the mode in which the model is attacked and its clean prediction read.
-        craft: the training attack.
+        training_attack: what perturbs the batch; its norm is that of the radii.
         norm: its norm, which is that of the radii.
         box: (low, high) that inputs and adversarial points lie in.
         attack_loss: what it ascends; None: its own loss.
@@ -48,7 +45,7 @@ class Step:
     progress: float
     noise: Noise
     attack_mode: Mode
-    craft: Craft
+    training_attack: Attack
     norm: Norm = "linf"
     box: Box = (0.0, 1.0)
     attack_loss: Loss | None = None
@@ -58,7 +55,7 @@ class Step:
     @cached_property
     def clean_logits(self) -> Tensor:
         """Logits (B, K) on the clean inputs in the attack's mode, without gradient: one forward, shared by all."""
-        with borrowed(self.model, self.attack_mode), torch.no_grad():
+        with lent(self.model, self.attack_mode), torch.no_grad():
             logits: Tensor = self.model(self.x)
         return logits
 
@@ -69,6 +66,6 @@ class Step:
 
     def attack(self, eps: Tensor, purpose: str = "attack", *, judge: bool = False) -> Adversarial:
         """The training attack within `eps` (B,), on noise of its own for each purpose."""
-        problem = Problem(self.x, self.y, eps, self.noise.fold(purpose))
-        with borrowed(self.model, self.attack_mode):
-            return self.craft(self.model, problem, self.attack_loss, judge)
+        inputs = AttackInputs(self.x, self.y, eps, self.noise.fold(purpose))
+        with lent(self.model, self.attack_mode):
+            return self.training_attack.perturb(self.model, inputs, loss=self.attack_loss, judge=judge)

@@ -82,7 +82,7 @@ def check_guard(guard: OverfittingGuard | None, module: RobustTraining) -> None:
     """Refuse a guard where there is no norm ball to attack in (`InputError`)."""
     if guard is None:
         return
-    if not module.radius.nominal():
+    if not module.radius.eval_eps():
         raise InputError(f"guard with radius={type(module.radius).__name__}: without a radius nothing is robust")
     if not within_norm(module.attack):
         raise InputError(f"guard with attack={type(module.attack).__name__}: its radius is not that of a norm")

@@ -23,7 +23,7 @@ from wideberth.attacks import PGD, Attack
 from wideberth.checks import InputError
 from wideberth.configuration import describe
 from wideberth.data import Augmentation, Data, Split, loader
-from wideberth.modes import Mode, borrowed
+from wideberth.modes import Mode, lent
 from wideberth.runs import Run, write_atomically
 from wideberth.training.averaging import Averaging
 from wideberth.training.directory import Keep, claim, export, kept_epoch, last_checkpoint, same_experiment
@@ -205,7 +205,7 @@ def check_model(model: nn.Module, split: Split, data: Data) -> None:
     """Refuse a model whose output does not fit the data's classes (`InputError`)."""
     x, y, _ = split.__getitems__([0])
     try:
-        with borrowed(model), torch.no_grad():
+        with lent(model), torch.no_grad():
             logits = model(x)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wideberth import checks, losses
-from wideberth.training.objectives import Payment
+from wideberth.training.objectives import LossTerms
 from wideberth.training.step import Step
 
 
 class Weighting(ABC):
-    """How much each sample counts; a new weighting is one subclass with a `weigh`."""
+    """How much each sample counts; a new weighting is one subclass with a `compute`."""
 
     needs_adversary = False
     """Whether it reads the logits at the adversarial points, which not every objective computes."""
@@ -25,7 +25,7 @@ class Weighting(ABC):
     """Whether it reads how the attack went, so that there must be one."""
 
     @abstractmethod
-    def weigh(self, step: Step, payment: Payment) -> Tensor:
+    def compute(self, step: Step, terms: LossTerms) -> Tensor:
         """The weight of each sample's loss, (B,), detached."""
 
 
@@ -33,9 +33,9 @@ class Weighting(ABC):
 class Uniform(Weighting):
     """Every sample counts the same."""
 
-    def weigh(self, step: Step, payment: Payment) -> Tensor:
+    def compute(self, step: Step, terms: LossTerms) -> Tensor:
         """Ones, (B,)."""
-        return torch.ones_like(payment.losses)
+        return torch.ones_like(terms.losses)
 
 
 def of_mean_one(log_weights: Tensor) -> Tensor:
@@ -75,13 +75,13 @@ class MAIL(Weighting):
         checks.at_least("start", self.start, 0)
         checks.choice("form", self.form, ("released", "paper"))
 
-    def weigh(self, step: Step, payment: Payment) -> Tensor:
+    def compute(self, step: Step, terms: LossTerms) -> Tensor:
         """The weights, (B,): in (0, 3), or of mean 1."""
-        logits = payment.adversarial_logits
+        logits = terms.adversarial_logits
         if logits is None:
             raise checks.InputError("weighting=MAIL: the objective gave no adversarial logits, which it weighs by")
         if step.epoch < self.start:
-            return torch.ones_like(payment.losses)
+            return torch.ones_like(terms.losses)
         scores = self.slope * (losses.probability_margin_loss(logits.detach(), step.y) + self.bias)
         return 3 * scores.sigmoid() if self.form == "released" else of_mean_one(F.logsigmoid(scores))
 
@@ -110,12 +110,12 @@ class GAIRAT(Weighting):
         """Refuse a negative epoch (`InputError`)."""
         checks.at_least("start", self.start, 0)
 
-    def weigh(self, step: Step, payment: Payment) -> Tensor:
+    def compute(self, step: Step, terms: LossTerms) -> Tensor:
         """The weights, (B,), of mean 1."""
         if step.found is None:
             raise checks.InputError("weighting=GAIRAT: nothing was attacked, and no steps can be counted")
         if step.epoch < self.start:
-            return torch.ones_like(payment.losses)
-        held = step.found.survived.to(payment.losses.dtype) / step.found.iterates
+            return torch.ones_like(terms.losses)
+        held = step.found.steps_survived.to(terms.losses.dtype) / step.found.iterates
         # (1 + tanh(a)) / 2 is sigmoid(2 a), without the digits that the sum loses.
         return of_mean_one(F.logsigmoid(2 * (self.shift + 5 * (1 - 2 * held))))

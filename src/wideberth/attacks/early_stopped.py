@@ -9,12 +9,12 @@ from torch import Tensor
 
 from wideberth import checks, geometry
 from wideberth.attacks.base import Keep
-from wideberth.attacks.gradient import PGD
-from wideberth.attacks.state import Enclosed, Problem, State
+from wideberth.attacks.pgd import PGD
+from wideberth.attacks.state import AttackInputs, AttackState, ProjectedState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Friendly(Enclosed):
+class Friendly(ProjectedState):
     """What early-stopped PGD remembers.
 
     Attributes:
@@ -53,20 +53,20 @@ class EarlyStoppedPGD(PGD):
         checks.at_least("omega", self.omega, 0)
         checks.choice("keep", self.keep, ("last",))
 
-    def begin(self, problem: Problem) -> Friendly:
+    def init(self, inputs: AttackInputs) -> Friendly:
         """Begin as PGD does, with all steps left."""
-        left = torch.full_like(problem.y, self.tau)
-        return self.started(problem, Friendly.within(problem, problem.x, self.norm, self.box, left=left))
+        left = torch.full_like(inputs.y, self.tau)
+        return self.started(inputs, Friendly.within(inputs, inputs.x, self.norm, self.box, left=left))
 
-    def onward(self, problem: Problem, state: State, logits: Tensor, gradient: Tensor) -> State:
+    def onward(self, inputs: AttackInputs, state: AttackState, logits: Tensor, gradient: Tensor) -> AttackState:
         """One step uphill for the rows that go on."""
         assert isinstance(state, Friendly)
         here = state.point
-        left = state.left - problem.achieved(logits).to(state.left.dtype)
-        move = self.uphill(problem, here, gradient)
+        left = state.left - inputs.goal_reached(logits).to(state.left.dtype)
+        move = self.uphill(inputs, here, gradient)
         if self.omega:
-            noise = problem.noise.fold("friendly").then(state.iteration - 1)
-            move = move + self.omega * noise.normal(here.shape[1:], problem.eps.dtype)
-        point = state.moved(problem, here, move, self.norm, self.box)
+            noise = inputs.noise.fold("friendly").then(state.iteration - 1)
+            move = move + self.omega * noise.normal(here.shape[1:], inputs.eps.dtype)
+        point = state.moved(inputs, here, move, self.norm, self.box)
         point = geometry.choose(left >= 0, point, here)
         return replace(state, point=point, left=left)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import geometry
-from wideberth.attacks.state import Problem
+from wideberth.attacks.state import AttackInputs
 from wideberth.checks import Box, InputError, Norm
 from wideberth.hyperplanes import Normals
 
@@ -88,13 +88,13 @@ class Plane:
         return Normals.of(self.normal)
 
 
-def goals(problem: Problem, most: int | None = None) -> Callable[[Tensor], Tensor]:
+def goals(inputs: AttackInputs, most: int | None = None) -> Callable[[Tensor], Tensor]:
     """Of logits (B, K), the differences (B, M) of which one must be positive for the goal to be achieved.
 
     Untargeted: each other class less the label, the likeliest `most` of them. With a target: the target less the label
     or, where nothing but the target counts, less the largest other logit.
     """
-    y, target = problem.y[:, None], problem.target
+    y, target = inputs.y[:, None], inputs.target
 
     def untargeted(logits: Tensor) -> Tensor:
         others = logits.detach().scatter(1, y, float("-inf"))
@@ -104,7 +104,7 @@ def goals(problem: Problem, most: int | None = None) -> Callable[[Tensor], Tenso
     def targeted(logits: Tensor) -> Tensor:
         assert target is not None
         rivals = logits.scatter(1, target[:, None], float("-inf")).amax(1, keepdim=True)
-        return logits.gather(1, target[:, None]) - (rivals if problem.strict else logits.gather(1, y))
+        return logits.gather(1, target[:, None]) - (rivals if inputs.strict else logits.gather(1, y))
 
     return untargeted if target is None else targeted
 

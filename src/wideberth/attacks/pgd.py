@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, Keep, raw_gradient
-from wideberth.attacks.state import E, Enclosed, Problem, S, State
+from wideberth.attacks.state import AttackInputs, AttackState, E, ProjectedState, S
 from wideberth.geometry import Start
 from wideberth.losses import Loss
 
@@ -65,11 +65,11 @@ class PGD(Attack):
             checks.at_least("step_size", self.step_size, 0)
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """As many as there are steps; where the last one led is for the judge to see."""
         return self.steps
 
-    def candidate(self, state: State) -> Tensor:
+    def result(self, state: AttackState) -> Tensor:
         """The point found, or else the last, about which the model was not asked."""
         return geometry.choose(state.broken, state.kept, state.point)
 
@@ -78,46 +78,48 @@ class PGD(Attack):
         """Only "last" with one run can leave the judging to others."""
         return self.keep != "last"
 
-    def begin(self, problem: Problem) -> Enclosed:
+    def init(self, inputs: AttackInputs) -> ProjectedState:
         """Begin at the clean inputs or at a random point near them."""
-        return self.started(problem, Enclosed.within(problem, problem.x, self.norm, self.box))
+        return self.started(inputs, ProjectedState.within(inputs, inputs.x, self.norm, self.box))
 
-    def started(self, problem: Problem, state: E) -> E:
+    def started(self, inputs: AttackInputs, state: E) -> E:
         """The state with its first point: as far from the clean inputs as `start` says."""
-        delta = geometry.random_start(problem.x, problem.eps, self.norm, self.start, problem.noise)
-        point = state.moved(problem, problem.x, delta, self.norm, self.box)
+        delta = geometry.random_start(inputs.x, inputs.eps, self.norm, self.start, inputs.noise)
+        point = state.moved(inputs, inputs.x, delta, self.norm, self.box)
         return replace(state, point=point, kept=point)
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
         """One forward and one input gradient at `state.point`, then one step uphill."""
-        logits, value, gradient = self.ask(model, problem, state, loss)
-        state = self.remember(problem, state, logits, value, cost=2 * self.draws)
-        return self.onward(problem, state, logits, gradient)
+        logits, value, gradient = self.ask(model, inputs, state, loss)
+        state = self.remember(inputs, state, logits, value, cost=2 * self.draws)
+        return self.onward(inputs, state, logits, gradient)
 
-    def ask(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None) -> tuple[Tensor, Tensor, Tensor]:
+    def ask(
+        self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, losses and raw gradient (see `raw_gradient`) at `state.point`."""
-        ascended = problem.loss(self.loss if loss is None else loss)
+        ascended = inputs.loss(self.loss if loss is None else loss)
         return raw_gradient(model, state.point, ascended, self.draws)
 
-    def onward(self, problem: Problem, state: State, logits: Tensor, gradient: Tensor) -> State:
+    def onward(self, inputs: AttackInputs, state: AttackState, logits: Tensor, gradient: Tensor) -> AttackState:
         """The state with the point to ask about next: what a subclass that moves otherwise has of its own.
 
         Args:
-            problem: the rows.
+            inputs: the rows.
             state: with `point` as it was asked about, and `iteration` already one higher; what else `remember` knows is
                 up to date unless `keep` is "last".
             logits: (B, K) there.
             gradient: (B, ...) there, raw: to be left as it is.
         """
         del logits
-        assert isinstance(state, Enclosed)
-        move = self.uphill(problem, state.point, gradient)
-        point = state.moved(problem, state.point, move, self.norm, self.box)
+        assert isinstance(state, ProjectedState)
+        move = self.uphill(inputs, state.point, gradient)
+        point = state.moved(inputs, state.point, move, self.norm, self.box)
         if self.keep == "first_flip":
             point = geometry.choose(state.broken, state.kept, point)
         return replace(state, point=point)
 
-    def uphill(self, problem: Problem, point: Tensor, direction: Tensor) -> Tensor:
+    def uphill(self, inputs: AttackInputs, point: Tensor, direction: Tensor) -> Tensor:
         """The step from `point` that ascends fastest along a direction (B, ...), such as the gradient.
 
         The step is in memory of its own, to work on in place; entries of the direction that are NaN do not move.
@@ -126,50 +128,52 @@ class PGD(Attack):
             # The one entry that moves must have room: at a face of the box, outward would leave the point where it is.
             low, high = self.box
             direction = direction.masked_fill(torch.where(direction > 0, point >= high, point <= low), 0)
-        size = self.step_size(problem.eps, self.steps) if callable(self.step_size) else self.step_size
-        stride = size if isinstance(size, float) else geometry.column(geometry.per_sample(size, problem.x), problem.x)
-        wide = torch.promote_types(problem.x.dtype, problem.eps.dtype)
+        size = self.step_size(inputs.eps, self.steps) if callable(self.step_size) else self.step_size
+        stride = size if isinstance(size, float) else geometry.column(geometry.per_sample(size, inputs.x), inputs.x)
+        wide = torch.promote_types(inputs.x.dtype, inputs.eps.dtype)
         if self.norm == "linf":
             # The sign of NaN is 0, and one pass over memory less than to take it out first.
             return direction.sign().to(wide).mul_(stride)
         return geometry.steepest(direction.nan_to_num(nan=0.0).to(wide), self.norm).mul_(stride)
 
-    def remember(self, problem: Problem, state: S, logits: Tensor, value: Tensor, cost: int) -> S:
+    def remember(self, inputs: AttackInputs, state: S, logits: Tensor, value: Tensor, cost: int) -> S:
         """Take account of what a forward at `state.point` said."""
         if self.keep == "worst":
-            return state.after(problem, logits, value, cost)
+            return state.after(inputs, logits, value, cost)
         if self.keep == "first_flip":
             kept = geometry.choose(state.broken, state.kept, state.point)
-            return replace(state.after(problem, logits, value, cost), kept=kept)
-        now = problem.achieved(logits)
+            return replace(state.after(inputs, logits, value, cost), kept=kept)
+        now = inputs.goal_reached(logits)
         return replace(
             state,
             kept=state.point,
             value=value.to(state.value.dtype),
             broken=now,
-            survived=state.survived + (~now & (state.survived == state.iteration)),
+            steps_survived=state.steps_survived + (~now & (state.steps_survived == state.iteration)),
             iteration=state.iteration + 1,
             spent=state.spent + cost,
         )
 
-    def run(self, model: nn.Module, problem: Problem, *, loss: Loss | None = None, judge: bool = True) -> State:
+    def run(
+        self, model: nn.Module, inputs: AttackInputs, *, loss: Loss | None = None, judge: bool = True
+    ) -> AttackState:
         """k steps cost k forwards and k input gradients; the last look, where it is wanted, one forward more."""
-        state: State = self.begin(problem)
+        state: AttackState = self.init(inputs)
         # A subclass whose step is another is run by that, as the schedule of an evaluation does.
         if self.keep == "last" and type(self).step is PGD.step and type(self).remember is PGD.remember:
-            state = self._steps(model, problem, state, loss)
+            state = self._steps(model, inputs, state, loss)
         else:
             for _ in range(self.steps):
-                state = self.step(model, problem, state, loss)
+                state = self.step(model, inputs, state, loss)
         if not (judge or self.judges):
             return replace(state, kept=state.point)
-        survived = state.survived
+        survived = state.steps_survived
         with torch.no_grad():
             logits = model(state.point)
-            value = problem.loss(self.loss if loss is None else loss)(logits)
-        return replace(self.remember(problem, state, logits, value, cost=1), survived=survived)
+            value = inputs.loss(self.loss if loss is None else loss)(logits)
+        return replace(self.remember(inputs, state, logits, value, cost=1), steps_survived=survived)
 
-    def _steps(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None) -> State:
+    def _steps(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None) -> AttackState:
         """All of them, with the same points as by `step`, where none of what is remembered decides where to go.
 
         Then it can wait: right after a network, a CPU finds none of the code of a dozen small sums in its caches, and
@@ -177,13 +181,13 @@ class PGD(Attack):
         """
         answers = []
         for _ in range(self.steps):
-            logits, _, gradient = self.ask(model, problem, state, loss)
+            logits, _, gradient = self.ask(model, inputs, state, loss)
             answers.append(logits.clone())  # a model may use the memory of its answers again
-            state = self.onward(problem, replace(state, iteration=state.iteration + 1), logits, gradient)
+            state = self.onward(inputs, replace(state, iteration=state.iteration + 1), logits, gradient)
             del gradient  # a CPU finds its memory still in the cache
-        held = torch.stack([~problem.achieved(logits) for logits in answers])
-        survived = state.survived + held.long().cumprod(0).sum(0)
-        return replace(state, survived=survived, spent=state.spent + 2 * self.draws * self.steps)
+        held = torch.stack([~inputs.goal_reached(logits) for logits in answers])
+        survived = state.steps_survived + held.long().cumprod(0).sum(0)
+        return replace(state, steps_survived=survived, spent=state.spent + 2 * self.draws * self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +223,7 @@ class NFGSM(FGSM):
     noise: float = 2.0
     start: Start = "uniform"
 
-    ball: ClassVar[bool] = False
+    norm_bounded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""
@@ -228,12 +232,12 @@ class NFGSM(FGSM):
         checks.choice("start", self.start, ("uniform",))
         checks.at_least("noise", self.noise, 0)
 
-    def begin(self, problem: Problem) -> Enclosed:
+    def init(self, inputs: AttackInputs) -> ProjectedState:
         """Begin at the noisy inputs, with the box as the only limit."""
-        x = problem.x
-        delta = geometry.random_start(x, self.noise * problem.eps, self.norm, self.start, problem.noise)
+        x = inputs.x
+        delta = geometry.random_start(x, self.noise * inputs.eps, self.norm, self.start, inputs.noise)
         point = (x + delta).to(x.dtype).clamp(*self.box)
         # A row with radius 0 stays where it is, whatever the step size.
-        free = geometry.column(problem.eps > 0, x)
+        free = geometry.column(inputs.eps > 0, x)
         low, high = (torch.where(free, torch.full_like(x, face).clamp(*self.box), x) for face in self.box)
-        return Enclosed.at(problem, point, low=low, high=high)
+        return ProjectedState.at(inputs, point, low=low, high=high)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, input_gradient
-from wideberth.attacks.state import Enclosed, Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState, ProjectedState
 from wideberth.losses import Loss
 
 
@@ -53,33 +53,33 @@ class PMA(Attack):
         checks.at_least("largest", self.largest, self.smallest)
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """Diverse steps and ascent, and a look at where they led."""
         return self.diverse + self.steps + 1
 
-    def begin(self, problem: Problem) -> Enclosed:
+    def init(self, inputs: AttackInputs) -> ProjectedState:
         """Start at the clean input."""
-        return Enclosed.within(problem, problem.x, self.norm, self.box)
+        return ProjectedState.within(inputs, inputs.x, self.norm, self.box)
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
         """One forward and one input gradient, then one step up the margin or, early on, a direction of the logits."""
-        assert isinstance(state, Enclosed)
-        ascended = problem.loss(self.loss if loss is None else loss)
+        assert isinstance(state, ProjectedState)
+        ascended = inputs.loss(self.loss if loss is None else loss)
         early = state.iteration < self.diverse
 
         def mixed(logits: Tensor) -> Tensor:
             wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-            direction = 2 * problem.noise.fold("direction").uniform(wide.shape[1:], wide.dtype) - 1
+            direction = 2 * inputs.noise.fold("direction").uniform(wide.shape[1:], wide.dtype) - 1
             # Both are computed for every row; where() lets only one of them send a gradient back.
             return torch.where(early, (direction * wide).sum(1), ascended(wide))
 
         logits, value, gradient = input_gradient(model, state.point, mixed, self.draws)
         # The loss of an early row is not its margin.
         value = torch.where(early, float("-inf"), value)
-        stride = problem.eps * torch.where(early, self.largest, self._pace(state.iteration))
-        move = geometry.column(stride, problem.x) * geometry.steepest(gradient, self.norm)
-        point = state.moved(problem, state.point, move, self.norm, self.box)
-        return replace(state.after(problem, logits, value, cost=2 * self.draws), point=point)
+        stride = inputs.eps * torch.where(early, self.largest, self._pace(state.iteration))
+        move = geometry.column(stride, inputs.x) * geometry.steepest(gradient, self.norm)
+        point = state.moved(inputs, state.point, move, self.norm, self.box)
+        return replace(state.after(inputs, logits, value, cost=2 * self.draws), point=point)
 
     def _pace(self, iteration: Tensor) -> Tensor:
         """The step in units of eps, (B,): a cosine from the largest to the smallest."""

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from wideberth import checks, geometry
-from wideberth.attacks.gradient import PGD, ScaledStep
-from wideberth.attacks.state import Enclosed, Problem, State
+from wideberth.attacks.pgd import PGD, ScaledStep
+from wideberth.attacks.state import AttackInputs, AttackState, ProjectedState
 from wideberth.geometry import Start
 
 _EQUAL_STEPS = ScaledStep(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moving(Enclosed):
+class Moving(ProjectedState):
     """What MI-FGSM remembers.
 
     Attributes:
@@ -50,16 +50,16 @@ class MIFGSM(PGD):
         super().__post_init__()
         checks.at_least("decay", self.decay, 0)
 
-    def begin(self, problem: Problem) -> Moving:
+    def init(self, inputs: AttackInputs) -> Moving:
         """Begin as PGD does, without momentum."""
-        none = torch.zeros_like(problem.x, dtype=problem.eps.dtype)
-        return self.started(problem, Moving.within(problem, problem.x, self.norm, self.box, momentum=none))
+        none = torch.zeros_like(inputs.x, dtype=inputs.eps.dtype)
+        return self.started(inputs, Moving.within(inputs, inputs.x, self.norm, self.box, momentum=none))
 
-    def onward(self, problem: Problem, state: State, logits: Tensor, gradient: Tensor) -> State:
+    def onward(self, inputs: AttackInputs, state: AttackState, logits: Tensor, gradient: Tensor) -> AttackState:
         """One step along the momentum, to which the gradient is added."""
         assert isinstance(state, Moving)
-        momentum = self.decay * state.momentum + _unit(gradient.to(problem.eps.dtype).nan_to_num(nan=0.0))
-        return super().onward(problem, replace(state, momentum=momentum), logits, momentum)
+        momentum = self.decay * state.momentum + _unit(gradient.to(inputs.eps.dtype).nan_to_num(nan=0.0))
+        return super().onward(inputs, replace(state, momentum=momentum), logits, momentum)
 
 
 def _unit(gradient: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, input_gradient
 from wideberth.attacks.minimum_norm import farthest, half_cosine, nearer, one_run
-from wideberth.attacks.state import Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
 
@@ -25,7 +25,7 @@ _TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class Descent(State):
+class Descent(AttackState):
     """Where a descent stands.
 
     Attributes:
@@ -70,7 +70,7 @@ class RadiusDescent(Attack):
     gamma: float = 0.05
     loss: Loss
 
-    minimal: ClassVar[bool] = True
+    minimum_norm: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""
@@ -82,35 +82,35 @@ class RadiusDescent(Attack):
         one_run(type(self).__name__, self.restarts)
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """As many as there are steps."""
         return self.steps
 
-    def begin(self, problem: Problem) -> Descent:
+    def init(self, inputs: AttackInputs) -> Descent:
         """Begin at the inputs."""
-        draw = problem.noise.fold("spare direction").normal(problem.x.shape[1:], problem.eps.dtype)
-        radius = torch.full_like(problem.eps, self.first_radius)
-        return Descent.at(problem, problem.x, radius=radius, spare=geometry.steepest(draw, "l2"))
+        draw = inputs.noise.fold("spare direction").normal(inputs.x.shape[1:], inputs.eps.dtype)
+        radius = torch.full_like(inputs.eps, self.first_radius)
+        return Descent.at(inputs, inputs.x, radius=radius, spare=geometry.steepest(draw, "l2"))
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> Descent:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> Descent:
         """One forward and one input gradient at `state.point`, then one step uphill and back to the new ball."""
         assert isinstance(state, Descent)
-        ascended = problem.loss(self.loss if loss is None else loss)
+        ascended = inputs.loss(self.loss if loss is None else loss)
         logits, value, gradient = input_gradient(model, state.point, ascended)
-        delta, gradient = (part.to(problem.eps.dtype) for part in (state.point - problem.x, gradient))
-        seen = Seen(problem.achieved(logits), geometry.norm(delta, self.norm), value, gradient)
+        delta, gradient = (part.to(inputs.eps.dtype) for part in (state.point - inputs.x, gradient))
+        seen = Seen(inputs.goal_reached(logits), geometry.norm(delta, self.norm), value, gradient)
         size = half_cosine(state.iteration, self.steps, self.step_size, _LAST * self.step_size)
         gamma = self.change(state.iteration)
-        state = nearer(problem, state, seen.now, seen.distance, cost=2)
+        state = nearer(inputs, state, seen.now, seen.distance, cost=2)
         # `fmin`: a NaN, of a model that overflows, is no radius.
-        radius = torch.fmin(self.next_radius(state, seen, gamma), farthest(problem, self.norm, self.box))
+        radius = torch.fmin(self.next_radius(state, seen, gamma), farthest(inputs, self.norm, self.box))
         flat = geometry.column(geometry.norm(gradient, "linf") == 0, gradient)
         direction = torch.where(flat, state.spare, geometry.steepest(gradient, "l2"))
         delta = delta + geometry.column(size, delta) * direction
         if self.norm == "l2":
             # Into the box first: the ball only shortens what is left, while a clamp after it would shorten it again.
-            delta = (problem.x + delta).clamp(*self.box) - problem.x
-        return replace(state, point=self.placed(problem, delta, radius), radius=radius)
+            delta = (inputs.x + delta).clamp(*self.box) - inputs.x
+        return replace(state, point=self.placed(inputs, delta, radius), radius=radius)
 
     @property
     @abstractmethod
@@ -125,9 +125,9 @@ class RadiusDescent(Attack):
     def next_radius(self, state: Descent, seen: Seen, gamma: Tensor) -> Tensor:
         """The radii that follow from what was seen, (B,); `state` knows of it already."""
 
-    def placed(self, problem: Problem, delta: Tensor, radius: Tensor) -> Tensor:
+    def placed(self, inputs: AttackInputs, delta: Tensor, radius: Tensor) -> Tensor:
         """The point that a perturbation leads to, within ball and box."""
-        return geometry.place(problem.x, delta, radius, self.norm, self.box)
+        return geometry.place(inputs.x, delta, radius, self.norm, self.box)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class DDN(RadiusDescent):
     1 + gamma where it failed. l2 only. Each point costs a forward and a backward.
 
     What we do differently: points are not rounded to 256 levels unless `levels` says so, since distances to the
-    boundary are otherwise not comparable; radii never exceed the `eps` of the problem, where there is one; where the
+    boundary are otherwise not comparable; radii never exceed the `eps` of the inputs, where there is one; where the
     gradient is zero, a row always takes the same random direction, of unit length.
 
     The cross-entropy mixes the classes near a boundary: where several are, the point found is not quite the nearest
@@ -178,10 +178,10 @@ class DDN(RadiusDescent):
         """Shorter after a success, longer after a failure."""
         return state.radius * torch.where(seen.now, 1 - gamma, 1 + gamma).to(state.radius.dtype)
 
-    def placed(self, problem: Problem, delta: Tensor, radius: Tensor) -> Tensor:
+    def placed(self, inputs: AttackInputs, delta: Tensor, radius: Tensor) -> Tensor:
         """The perturbation is brought to the length of the radius, be it shorter or longer."""
         delta = geometry.steepest(delta, "l2") * geometry.column(radius, delta)
-        point = super().placed(problem, delta, radius)
+        point = super().placed(inputs, delta, radius)
         if self.levels is None:
             return point
         low, high = self.box
@@ -199,7 +199,7 @@ class FMN(RadiusDescent):
 
     What we do differently: the estimate is lengthened by gamma, for where the model is linear it is exact, and rounding
     then decides that no step ever succeeds; the l1 ball is intersected with the box in one exact projection; radii
-    never exceed the `eps` of the problem, where there is one; a zero gradient is replaced by a random direction. The
+    never exceed the `eps` of the inputs, where there is one; a zero gradient is replaced by a random direction. The
     projection only ever shortens.
 
     Attributes:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack
-from wideberth.attacks.state import Problem, State
+from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.losses import Loss
 
 
@@ -43,23 +43,23 @@ class RandomNoise(Attack):
         checks.choice("keep", self.keep, ("worst", "first_flip"))
 
     @property
-    def rounds(self) -> int:
+    def num_steps(self) -> int:
         """As many as there are tries."""
         return self.tries
 
-    def begin(self, problem: Problem) -> State:
+    def init(self, inputs: AttackInputs) -> AttackState:
         """Begin at the first draw."""
-        return State.at(problem, self._drawn(problem, torch.zeros_like(problem.y)))
+        return AttackState.at(inputs, self._drawn(inputs, torch.zeros_like(inputs.y)))
 
-    def step(self, model: nn.Module, problem: Problem, state: State, loss: Loss | None = None) -> State:
+    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
         """One forward at `state.point`, then the next draw."""
         with torch.no_grad():
             logits = model(state.point)
-            value = problem.loss(self.loss if loss is None else loss)(logits)
-        state = state.after(problem, logits, value, cost=1, first=self.keep == "first_flip")
-        return replace(state, point=self._drawn(problem, state.iteration))
+            value = inputs.loss(self.loss if loss is None else loss)(logits)
+        state = state.after(inputs, logits, value, cost=1, first=self.keep == "first_flip")
+        return replace(state, point=self._drawn(inputs, state.iteration))
 
-    def _drawn(self, problem: Problem, iteration: Tensor) -> Tensor:
-        noise = problem.noise.fold("random noise").then(iteration)
-        delta = geometry.random_start(problem.x, problem.eps, self.norm, "uniform", noise)
-        return geometry.place(problem.x, delta, problem.eps, self.norm, self.box)
+    def _drawn(self, inputs: AttackInputs, iteration: Tensor) -> Tensor:
+        noise = inputs.noise.fold("random noise").then(iteration)
+        delta = geometry.random_start(inputs.x, inputs.eps, self.norm, "uniform", noise)
+        return geometry.place(inputs.x, delta, inputs.eps, self.norm, self.box)
