@@ -70,7 +70,7 @@ def floor(model: nn.Module, steps: int) -> Perturb:
 def ours(model: nn.Module, steps: int, judge: bool = False) -> Perturb:
     """This library's."""
     attack = wb.attacks.PGD(steps=steps, step_size=STEP_SIZE)
-    return lambda x, y: attack(model, x, y, eps=EPS, judge=judge).x
+    return lambda x, y: attack(model, x, y, eps=EPS, check_success=judge).x
 
 
 def foolbox(model: nn.Module, steps: int) -> Perturb:
@@ -162,7 +162,7 @@ def main() -> None:
     crafts: dict[str, Perturb] = {
         "floor": floor(model, options.steps),
         "ours": ours(model, options.steps),
-        "ours, judged": ours(model, options.steps, judge=True),
+        "ours, judged": ours(model, options.steps, check_success=True),
     }
     for name, build in PEERS.items():
         try:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from wideberth.attacks import Attack, AttackInputs
+from wideberth.attacks.restarts import jobs_of
+from wideberth.attacks.schedule import Schedule
 
 
 class Counting(nn.Module):
@@ -75,3 +81,10 @@ def predicted(model: nn.Module, x: Tensor) -> Tensor:
     for module, flag in flags:
         module.training = flag
     return logits
+
+
+def schedule_of(attack: Attack, model: nn.Module, inputs: AttackInputs, classes: int = 2, **options: Any) -> Schedule:
+    """All jobs of an attack on these inputs, as an evaluation runs them."""
+    jobs = len(jobs_of(attack, classes)) if options.get("ranked") is not None else attack.restarts
+    due = torch.zeros(len(inputs.y), dtype=torch.int64)
+    return Schedule(model, attack, inputs.rows, due, jobs=jobs, **options)

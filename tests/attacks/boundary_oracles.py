@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wideberth import geometry
 from wideberth.attacks import Adversarial, Attack, AttackInputs
+from wideberth.attacks.drivers import perturb_batch
 from wideberth.checks import Box, Norm
 from wideberth.hyperplanes import shortest_step
 from wideberth.randomness import Noise
@@ -24,7 +25,7 @@ CLOSE: dict[Norm, float] = {"linf": 1.02, "l2": 1.01, "l1": 1.02}
 def smallest(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int = 0, **known: Tensor) -> Adversarial:
     """The run without a radius."""
     eps = torch.full((len(x),), float("inf"), dtype=torch.promote_types(x.dtype, torch.float32))
-    return attack.perturb(model, AttackInputs(x, y, eps, Noise(torch.arange(len(x)), seed), **known))
+    return perturb_batch(attack, model, AttackInputs(x, y, eps, Noise(torch.arange(len(x)), seed), **known))
 
 
 def lengths(found: Adversarial, x: Tensor, norm: Norm) -> Tensor:

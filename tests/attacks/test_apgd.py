@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wideberth import geometry, losses
 from wideberth.attacks.apgd import APGD, Ascent, checkpoints, l1_checkpoints, stages
+from wideberth.attacks.drivers import run_steps
 from wideberth.attacks.pgd import PGD
 from wideberth.attacks.state import AttackInputs
 from wideberth.checks import InputError, Norm
@@ -92,7 +93,7 @@ def sizes(script: list[list[float]], steps: int = 100) -> tuple[Tensor, list[Asc
     attack, model = APGD(box=WIDE, steps=steps, loss=first_logit), Scripted(losses_seen)
     states = [attack.init(inputs)]
     for _ in range(attack.num_steps):
-        states.append(attack.step(model, inputs, states[-1]))
+        states.append(attack.update(model, inputs, states[-1]))
     return torch.stack([state.size for state in states[1:]], dim=1), states
 
 
@@ -168,7 +169,7 @@ def test_l1_follows_the_sparsity_of_the_best_point() -> None:
     state = attack.init(inputs)
     assert state.active.tolist() == [2]
     for iteration in range(101):
-        old, state = state, attack.step(model, inputs, state)
+        old, state = state, attack.update(model, inputs, state)
         if iteration in l1_checkpoints(100):
             support = int(((state.best - inputs.x).abs() > 1e-9).sum())
             sparser = support < 0.95 * int(old.support)
@@ -190,8 +191,8 @@ def test_l1_entries_that_came_back_but_for_rounding_do_not_count() -> None:
     model, inputs = slopes(torch.tensor([0.3]))
     attack = APGD(norm="l1", steps=30)
     best = torch.tensor([[0.1] * 3 + [1e-8] * 7])
-    begun = attack.step(model, inputs, attack.init(inputs))
-    state = attack.step(model, inputs, replace(begun, best=best, best_value=torch.tensor([math.inf])))
+    begun = attack.update(model, inputs, attack.init(inputs))
+    state = attack.update(model, inputs, replace(begun, best=best, highest_loss=torch.tensor([math.inf])))
     assert state.iteration.tolist() == [2]  # the first checkpoint is behind it
     assert (state.support.tolist(), state.active.tolist()) == ([3], [2])
 
@@ -200,10 +201,10 @@ def test_l1_where_two_are_left_one_moves_every_other_time() -> None:
     model, inputs = slopes(torch.tensor([0.3]))
     attack = APGD(norm="l1", steps=30)
     best = torch.tensor([[0.1, 0.1] + [0.0] * 8])
-    state, active = attack.step(model, inputs, attack.init(inputs)), []
+    state, active = attack.update(model, inputs, attack.init(inputs)), []
     for _ in range(4):
-        still = replace(state, best=best, best_value=torch.tensor([math.inf]))
-        state = attack.step(model, inputs, still)
+        still = replace(state, best=best, highest_loss=torch.tensor([math.inf]))
+        state = attack.update(model, inputs, still)
         active += state.active.tolist()
     assert active == [1, 2, 1, 2]
 
@@ -241,7 +242,7 @@ def from_start(attack: APGD, inputs: AttackInputs) -> list[Ascent]:
     start = (inputs.x + radius * direction / direction.norm(p=order, dim=1, keepdim=True)).clamp(0, 1)
     states = [replace(attack.init(inputs), point=start, previous=start)]
     for _ in range(attack.num_steps):
-        states.append(attack.step(Wavy(), inputs, states[-1]))
+        states.append(attack.update(Wavy(), inputs, states[-1]))
     return states
 
 
@@ -265,7 +266,7 @@ def test_twenty_steps_reach_what_the_published_code_reaches(
     """Best losses of the authors' implementation, run in float64 (its projection too) from the same start."""
     attack = APGD(norm=norm, steps=20, loss=loss, large_eps=large_eps)
     state = from_start(attack, wavy_problem(12, RADIUS[norm], aimed))[-1]
-    torch.testing.assert_close(state.best_value, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(state.highest_loss, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def nearest(x: Tensor, delta: Tensor, eps: float) -> Tensor:
@@ -346,13 +347,13 @@ def test_reaches_the_worst_loss_of_the_ball(norm: Norm, large_eps: bool) -> None
     model = linear(weight, torch.tensor([0.3, -0.2]))
     attack = APGD(norm=norm, box=WIDE, large_eps=large_eps)
     inputs = inputs_of(x, y, eps)
-    state = attack.run(model, inputs)
+    state = run_steps(attack, model, inputs)
     worst = losses.logit_margin(predicted(model, x), y) - eps * (weight[0] - weight[1]).norm(p=DUAL[norm])
     torch.testing.assert_close(losses.logit_margin(predicted(model, state.best), y), worst, rtol=0, atol=1e-6)
-    assert torch.equal(state.broken, worst <= 0)
+    assert torch.equal(state.adversarial, worst <= 0)
     held = worst > 0
     assert 0 < held.sum() < 9
-    assert torch.equal(state.kept[held], state.best[held])
+    assert torch.equal(state.best[held], state.best[held])
 
 
 def test_reaches_the_worst_corner_of_ball_and_box() -> None:
@@ -360,7 +361,7 @@ def test_reaches_the_worst_corner_of_ball_and_box() -> None:
     weight, y = drawn(2, 7), torch.arange(9) % 2
     x = torch.rand(9, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     corner = (x + 0.4 * (weight[1 - y] - weight[y]).sign()).clamp(0, 1)
-    state = APGD().run(linear(weight), inputs_of(x, y, 0.4))
+    state = run_steps(APGD(), linear(weight), inputs_of(x, y, 0.4))
     torch.testing.assert_close(state.best, corner, rtol=0, atol=1e-9)
 
 
@@ -371,13 +372,13 @@ def test_is_at_least_as_strong_as_as_many_steps_of_pgd(norm: Norm, seed: int) ->
     x = torch.rand(40, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     y, eps = predicted(model, x).argmax(1), {"linf": 0.1, "l2": 0.25, "l1": 0.5}[norm]
     theirs = PGD(norm=norm, steps=100, keep="worst")(model, x, y, eps=eps)
-    state = APGD(norm=norm).run(model, inputs_of(x, y, eps))
+    state = run_steps(APGD(norm=norm), model, inputs_of(x, y, eps))
     assert theirs.success is not None
     assert 0 < theirs.success.sum() < 40
-    assert state.broken.sum() >= theirs.success.sum()
+    assert state.adversarial.sum() >= theirs.success.sum()
     at_theirs = losses.cross_entropy(predicted(model, theirs.x), y)
     held = ~theirs.success
-    assert state.best_value[held].mean() >= at_theirs[held].mean() - 1e-9
+    assert state.highest_loss[held].mean() >= at_theirs[held].mean() - 1e-9
 
 
 def test_keeps_the_first_mistake_even_if_a_later_one_is_worse() -> None:
@@ -387,13 +388,13 @@ def test_keeps_the_first_mistake_even_if_a_later_one_is_worse() -> None:
     attack = APGD(norm="l2", box=WIDE, steps=10)
     state, first = attack.init(inputs), torch.full((6, 2), math.nan, dtype=torch.float64)
     for _ in range(attack.num_steps):
-        new = losses.misclassified(predicted(model, state.point), inputs.y) & ~state.broken
+        new = losses.misclassified(predicted(model, state.point), inputs.y) & ~state.adversarial
         first = torch.where(new[:, None], state.point, first)
-        state = attack.step(model, inputs, state)
-    assert state.broken.all()
-    assert torch.equal(state.kept, first)
-    assert (state.best_value >= state.value).all()
-    assert (state.best_value > state.value).any()
+        state = attack.update(model, inputs, state)
+    assert state.adversarial.all()
+    assert torch.equal(state.best, first)
+    assert (state.highest_loss >= state.best_loss).all()
+    assert (state.highest_loss > state.best_loss).any()
 
 
 def test_larger_radii_count_a_mistake_only_within_the_radius() -> None:
@@ -405,10 +406,10 @@ def test_larger_radii_count_a_mistake_only_within_the_radius() -> None:
     state, reached = attack.init(inputs), torch.zeros(2, dtype=torch.float64)
     for _ in range(attack.num_steps):
         reached = torch.maximum(reached, state.point.abs().sum(1) / inputs.eps)
-        state = attack.step(model, inputs, state)
-        assert (state.kept.abs().sum(1) <= inputs.eps * (1 + 1e-9)).all()
+        state = attack.update(model, inputs, state)
+        assert (state.best.abs().sum(1) <= inputs.eps * (1 + 1e-9)).all()
     assert (reached > 2.9).all()
-    assert state.broken.tolist() == [False, True]
+    assert state.adversarial.tolist() == [False, True]
 
 
 # ---- the contract ---------------------------------------------------------------------------------------------------
@@ -433,17 +434,17 @@ def test_rows_at_different_iterations_do_what_they_do_alone(norm: Norm) -> None:
     x = torch.rand(6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     inputs = inputs_of(x, predicted(model, x).argmax(1), 0.2)
     attack = APGD(norm=norm, steps=12, large_eps=norm == "l1")
-    alone = attack.run(model, inputs)
+    alone = run_steps(attack, model, inputs)
     early, late = inputs.rows(torch.arange(3)), inputs.rows(torch.arange(3, 6))
     state = attack.init(early)
     for _ in range(5):
-        state = attack.step(model, early, state)
+        state = attack.update(model, early, state)
     together, both = state.joined(attack.init(late)), early.joined(late)
     for _ in range(attack.num_steps - 5):
-        together = attack.step(model, both, together)
+        together = attack.update(model, both, together)
     late_state = together.rows(torch.arange(3, 6))
     for _ in range(5):
-        late_state = attack.step(model, late, late_state)
+        late_state = attack.update(model, late, late_state)
     for name in ("kept", "value", "broken", "steps_survived", "best", "best_value", "iteration", "spent"):
         found = torch.cat([getattr(together, name)[:3], getattr(late_state, name)])
         torch.testing.assert_close(found, getattr(alone, name), rtol=0, atol=1e-9, msg=name)
@@ -454,10 +455,10 @@ def test_spends_a_forward_and_a_gradient_per_look_and_draw(large_eps: bool, look
     model = Counting(network().eval())
     x = torch.rand(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     attack = APGD(norm="l1", steps=12, draws=3, large_eps=large_eps)
-    state = attack.run(model, inputs_of(x, predicted(model.inner, x).argmax(1), 0.1))
+    state = run_steps(attack, model, inputs_of(x, predicted(model.inner, x).argmax(1), 0.1))
     assert attack.num_steps == looks
     assert model.forwards == model.backwards == 4 * looks * 3
-    assert state.spent.tolist() == [2 * looks * 3] * 4
+    assert state.evaluations.tolist() == [2 * looks * 3] * 4
 
 
 def test_every_target_is_tried_in_turn_until_one_is_reached() -> None:
@@ -486,8 +487,8 @@ class Holes(nn.Module):
 def test_logits_that_are_no_numbers_leave_the_points_alone(norm: Norm) -> None:
     x = torch.zeros(8, 3, dtype=torch.float64)
     inputs = inputs_of(x, torch.zeros(8, dtype=torch.int64), 0.5)
-    state = APGD(norm=norm, box=(-1.0, 1.0), steps=20).run(Holes(), inputs)
-    for point in (state.kept, state.point, state.best):
+    state = run_steps(APGD(norm=norm, box=(-1.0, 1.0), steps=20), Holes(), inputs)
+    for point in (state.best, state.point, state.best):
         assert point.isfinite().all()
         assert (geometry.norm(point, norm) <= 0.5 + 1e-9).all()
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attack_oracles import Counting, linear, network, predicted
+from attack_oracles import Counting, linear, network, predicted, schedule_of
 from scipy.ndimage import affine_transform
 from torch import Tensor, nn
 
 from wideberth import attacks, losses
 from wideberth.attacks import NFGSM, Adversarial, Attack, AttackInputs, Flow, Spatial, Wasserstein
-from wideberth.attacks.schedule import Schedule
+from wideberth.attacks.drivers import run_steps
 from wideberth.attacks.spatial import Flowing, roughness, sampled
 from wideberth.checks import Box, InputError
 from wideberth.randomness import Noise
@@ -95,7 +95,7 @@ def setting(dtype: torch.dtype = torch.float64, box: Box = (0.0, 1.0)) -> Settin
 
 
 def test_every_exported_attack_without_a_ball_has_a_row() -> None:
-    exported = [getattr(attacks, name) for name in attacks.__all__]
+    exported = list(vars(attacks).values())
     kinds = {kind for kind in exported if inspect.isclass(kind) and issubclass(kind, Attack)}
     assert {kind for kind in kinds if not kind.norm_bounded} == {type(row.attack) for row in TABLE}
 
@@ -177,15 +177,15 @@ def test_rows_at_different_iterations_share_a_batch(row: Row) -> None:
     attack = replace(row.attack, restarts=1)
     case.model.eval()
     try:
-        together = attack.run(case.model, inputs)
-        schedule = Schedule(case.model, attack, inputs, runs=1, batch_size=3)
+        together = run_steps(attack, case.model, inputs)
+        schedule = schedule_of(attack, case.model, inputs, batch_size=3)
         while schedule.busy:
-            for left in schedule.step():
-                assert torch.equal(left.state.broken, together.broken[left.rows])
-                assert torch.equal(left.state.steps_survived, together.steps_survived[left.rows])
-                held = ~left.state.broken
-                expected = together.kept[left.rows][held]
-                torch.testing.assert_close(left.state.kept[held], expected, rtol=0, atol=1e-9)
+            for ended in schedule.step():
+                assert torch.equal(ended.state.adversarial, together.adversarial[ended.sample])
+                assert torch.equal(ended.state.steps_survived, together.steps_survived[ended.sample])
+                held = ~ended.state.adversarial
+                expected = together.best[ended.sample][held]
+                torch.testing.assert_close(ended.state.best[held], expected, rtol=0, atol=1e-9)
     finally:
         case.model.train()
         case.model[5].eval()
@@ -288,7 +288,7 @@ def test_noise_fgsm_reaches_its_noise_and_one_step_more(noise: float, box: Box) 
         assert (step.amax(1) >= noise - 1 - slack).all()
         assert step.mean().item() == pytest.approx(-1, abs=0.1 * noise + 1e-9)
     assert found.evaluations.tolist() == [3, 3]
-    assert found.iterates.tolist() == [1, 1]
+    assert found.num_iterates.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def flow_of(attack: Flow, weight: Tensor, eps: float) -> Tensor:
     inputs = AttackInputs(
         ramp(), torch.zeros(1).long(), torch.tensor([eps], dtype=torch.float64), Noise(torch.zeros(1).long())
     )
-    state = attack.run(rising(weight), inputs)
+    state = run_steps(attack, rising(weight), inputs)
     assert isinstance(state, Flowing)
     return state.flow
 

@@ -53,7 +53,7 @@ class Row:
         name: of the test.
         attack: with its hyper-parameters; norm and box are set by the tests.
         random: whether the seed changes what it finds.
-        judges: whether it tells success even if not asked, because it needs to know itself.
+        knows_success: whether the attack tells success without `check_success`.
         fixed_cost: forwards and backwards per sample, or None where they depend on what is broken when.
         norms: those that it is defined for.
         classes: how many the model must have at least.
@@ -64,7 +64,7 @@ class Row:
     name: str
     attack: Attack
     random: bool
-    judges: bool
+    knows_success: bool
     fixed_cost: int | None
     norms: tuple[Norm, ...] = ("linf", "l2", "l1")
     classes: int = 2
@@ -73,68 +73,76 @@ class Row:
 
 
 TABLE = (
-    Row("fgsm", FGSM(), random=False, judges=False, fixed_cost=2),
-    Row("fgsm-random", FGSM(start="uniform", step_size=ScaledStep(1.25)), random=True, judges=False, fixed_cost=2),
-    Row("pgd", PGD(steps=3), random=True, judges=False, fixed_cost=6),
+    Row("fgsm", FGSM(), random=False, knows_success=False, fixed_cost=2),
+    Row(
+        "fgsm-random", FGSM(start="uniform", step_size=ScaledStep(1.25)), random=True, knows_success=False, fixed_cost=2
+    ),
+    Row("pgd", PGD(steps=3), random=True, knows_success=False, fixed_cost=6),
     Row(
         "pgd-gaussian-worst-margin",
         PGD(steps=3, start="gaussian", keep="worst", loss=losses.margin_loss),
         random=True,
-        judges=True,
+        knows_success=True,
         fixed_cost=7,
     ),
     Row(
         "pgd-none-first-flip-absolute-step",
         PGD(steps=3, start="none", keep="first_flip", step_size=0.1),
         random=False,
-        judges=True,
+        knows_success=True,
         fixed_cost=7,
     ),
     Row(
         "pgd-user-loss-floor",
         PGD(steps=3, loss=logit_of_label, step_size=ScaledStep(2, floor=0.05)),
         random=True,
-        judges=False,
+        knows_success=False,
         fixed_cost=6,
     ),
-    Row("pgd-restarts", PGD(steps=2, restarts=3), random=True, judges=True, fixed_cost=None),
+    Row("pgd-restarts", PGD(steps=2, restarts=3), random=True, knows_success=True, fixed_cost=None),
     Row(
         "pgd-restarts-worst-dlr",
         PGD(steps=2, restarts=2, keep="worst", loss=losses.dlr_loss),
         random=True,
-        judges=True,
+        knows_success=True,
         fixed_cost=None,
         classes=3,
     ),
-    Row("pma", PMA(steps=3, diverse=0), random=False, judges=True, fixed_cost=8),
-    Row("pma-diverse", PMA(steps=3, diverse=2, restarts=2), random=True, judges=True, fixed_cost=None),
-    Row("fab", FAB(steps=20), random=False, judges=True, fixed_cost=84),
+    Row("pma", PMA(steps=3, diverse=0), random=False, knows_success=True, fixed_cost=8),
+    Row("pma-diverse", PMA(steps=3, diverse=2, restarts=2), random=True, knows_success=True, fixed_cost=None),
+    Row("fab", FAB(steps=20), random=False, knows_success=True, fixed_cost=84),
     # Restarts begin at random points, but in this setting the closest mistake is found without them: see test_fab.
-    Row("fab-restarts", FAB(steps=10, restarts=3), random=False, judges=True, fixed_cost=132),
-    Row("fab-targets", FAB(steps=15, targets=3), random=False, judges=True, fixed_cost=97),
-    Row("ddn", DDN(steps=20), random=False, judges=True, fixed_cost=40, norms=("l2",)),
-    Row("ddn-levels", DDN(steps=20, levels=256), random=False, judges=True, fixed_cost=40, norms=("l2",)),
-    Row("fmn", FMN(steps=20), random=False, judges=True, fixed_cost=40),
+    Row("fab-restarts", FAB(steps=10, restarts=3), random=False, knows_success=True, fixed_cost=132),
+    Row("fab-targets", FAB(steps=15, targets=3), random=False, knows_success=True, fixed_cost=97),
+    Row("ddn", DDN(steps=20), random=False, knows_success=True, fixed_cost=40, norms=("l2",)),
+    Row("ddn-levels", DDN(steps=20, levels=256), random=False, knows_success=True, fixed_cost=40, norms=("l2",)),
+    Row("fmn", FMN(steps=20), random=False, knows_success=True, fixed_cost=40),
     Row(
         "carlini-wagner",
         CarliniWagner(steps=30, search_steps=3, learning_rate=0.1, initial_c=1.0),
         random=False,
-        judges=True,
+        knows_success=True,
         fixed_cost=None,
         norms=("l2", "linf"),
         even=False,
     ),
-    Row("deepfool", DeepFool(steps=10), random=False, judges=True, fixed_cost=44),
-    Row("noise", RandomNoise(tries=8), random=True, judges=True, fixed_cost=8),
-    Row("noise-first-flip", RandomNoise(tries=8, keep="first_flip"), random=True, judges=True, fixed_cost=8),
-    Row("early-stopped", EarlyStoppedPGD(steps=3, start="none"), random=False, judges=False, fixed_cost=6),
-    Row("early-stopped-noisy", EarlyStoppedPGD(steps=3, tau=1, omega=0.02), random=True, judges=False, fixed_cost=6),
-    Row("square", Square(queries=40), random=True, judges=True, fixed_cost=40, shaped=True),
+    Row("deepfool", DeepFool(steps=10), random=False, knows_success=True, fixed_cost=44),
+    Row("noise", RandomNoise(tries=8), random=True, knows_success=True, fixed_cost=8),
+    Row("noise-first-flip", RandomNoise(tries=8, keep="first_flip"), random=True, knows_success=True, fixed_cost=8),
+    Row("early-stopped", EarlyStoppedPGD(steps=3, start="none"), random=False, knows_success=False, fixed_cost=6),
+    Row(
+        "early-stopped-noisy",
+        EarlyStoppedPGD(steps=3, tau=1, omega=0.02),
+        random=True,
+        knows_success=False,
+        fixed_cost=6,
+    ),
+    Row("square", Square(queries=40), random=True, knows_success=True, fixed_cost=40, shaped=True),
     Row(
         "square-rescaled",
         Square(queries=40, rescaled=True),
         random=True,
-        judges=True,
+        knows_success=True,
         fixed_cost=40,
         shaped=True,
         even=False,
@@ -143,18 +151,18 @@ TABLE = (
         "square-restarts",
         Square(queries=20, restarts=2),
         random=True,
-        judges=True,
+        knows_success=True,
         fixed_cost=None,
         shaped=True,
         even=False,
     ),
-    Row("apgd", APGD(steps=8), random=True, judges=True, fixed_cost=18),
-    Row("apgd-restarts", APGD(steps=4, restarts=2), random=True, judges=True, fixed_cost=None),
+    Row("apgd", APGD(steps=8), random=True, knows_success=True, fixed_cost=18),
+    Row("apgd-restarts", APGD(steps=4, restarts=2), random=True, knows_success=True, fixed_cost=None),
     Row(
         "apgd-targets",
         APGD(steps=4, targets=3, loss=losses.dlr_loss),
         random=True,
-        judges=True,
+        knows_success=True,
         fixed_cost=None,
         classes=4,
     ),
@@ -162,13 +170,13 @@ TABLE = (
         "apgd-large-eps",
         APGD(norm="l1", steps=10, large_eps=True),
         random=True,
-        judges=True,
+        knows_success=True,
         fixed_cost=26,
         norms=("l1",),
     ),
-    Row("mifgsm", MIFGSM(steps=3), random=False, judges=False, fixed_cost=6),
-    Row("mifgsm-worst", MIFGSM(steps=3, start="uniform", keep="worst"), random=True, judges=True, fixed_cost=7),
-    Row("mifgsm-first-flip", MIFGSM(steps=3, keep="first_flip"), random=False, judges=True, fixed_cost=7),
+    Row("mifgsm", MIFGSM(steps=3), random=False, knows_success=False, fixed_cost=6),
+    Row("mifgsm-worst", MIFGSM(steps=3, start="uniform", keep="worst"), random=True, knows_success=True, fixed_cost=7),
+    Row("mifgsm-first-flip", MIFGSM(steps=3, keep="first_flip"), random=False, knows_success=True, fixed_cost=7),
 )
 
 every_attack = pytest.mark.parametrize(
@@ -231,8 +239,7 @@ def assert_allowed(found: Tensor, x: Tensor, eps: Tensor | float, norm: Norm, bo
 
 
 def test_every_exported_attack_has_a_row() -> None:
-    exported = [getattr(attacks, name) for name in attacks.__all__]
-    kinds = {kind for kind in exported if inspect.isclass(kind) and issubclass(kind, Attack)}
+    kinds = {kind for kind in vars(attacks).values() if inspect.isclass(kind) and issubclass(kind, Attack)}
     # Those whose eps is not the radius of a norm ball keep the other promises in test_beyond_norms.
     held = {kind for kind in kinds if kind.norm_bounded and not inspect.isabstract(kind)}
     assert held == {type(row.attack) for row in TABLE}
@@ -392,10 +399,10 @@ def test_target_is_reached_where_it_says_so(row: Row, norm: Norm) -> None:
 @every_attack
 def test_unjudged_result_is_the_same_and_says_less(row: Row, norm: Norm) -> None:
     case = setting(norm)
-    judged, unjudged = case.perturb(row, norm), case.perturb(row, norm, judge=False)
+    judged, unjudged = case.perturb(row, norm), case.perturb(row, norm, check_success=False)
     assert torch.equal(judged.x, unjudged.x)
     assert torch.equal(judged.steps_survived, unjudged.steps_survived)
-    if row.judges:
+    if row.knows_success:
         assert unjudged.success is not None
         assert torch.equal(judged.success, unjudged.success)
     else:
@@ -407,11 +414,11 @@ def test_unjudged_result_is_the_same_and_says_less(row: Row, norm: Norm) -> None
 def test_evaluations_are_the_forwards_and_backwards_made(row: Row, norm: Norm, judge: bool) -> None:
     case = setting(norm)
     counting = Counting(case.model)
-    found = replace(case, model=counting).perturb(row, norm, judge=judge)
+    found = replace(case, model=counting).perturb(row, norm, check_success=judge)
     probe = 1  # one row, to see what kind of output the model has
     assert found.evaluations.sum() == counting.forwards - probe + counting.backwards
     if row.fixed_cost is not None:
-        assert (found.evaluations == row.fixed_cost + (judge and not row.judges)).all()
+        assert (found.evaluations == row.fixed_cost + (judge and not row.knows_success)).all()
 
 
 @every_attack
@@ -420,13 +427,13 @@ def test_survived_counts_the_iterates_before_the_flip(row: Row, norm: Norm) -> N
     found = case.perturb(row, norm, eps=0.0)
     held = found.steps_survived[2:]
     assert found.steps_survived.tolist()[:2] == [0, 0]
-    assert (held <= found.iterates[2:]).all()
+    assert (held <= found.num_iterates[2:]).all()
     if row.even:
         assert held.tolist() == [held[0].item()] * (BATCH - 2)
     assert (held > 0).all()
     if isinstance(row.attack, PGD):
         assert held[0] == row.attack.steps * row.attack.restarts
-        assert torch.equal(held, found.iterates[2:])
+        assert torch.equal(held, found.num_iterates[2:])
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])

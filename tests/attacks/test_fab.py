@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attack_oracles import Counting, linear, network, predicted
+from attack_oracles import Counting, linear, network, predicted, schedule_of
 from boundary_oracles import CLOSE, NORMS, UNIT, WIDE, TwoBoundaries, affine, kinked, lengths, smallest
 from torch import Tensor
 
 from wideberth import losses
 from wideberth.attacks import FAB, AttackInputs
-from wideberth.attacks.schedule import Schedule
+from wideberth.attacks.drivers import perturb_batch
+from wideberth.attacks.restarts import inputs_of_jobs
 from wideberth.checks import InputError, Norm
 from wideberth.margins import effective_margin
 from wideberth.randomness import Noise
@@ -125,9 +126,9 @@ def test_restarts_find_a_boundary_that_the_first_run_does_not_see(norm: Norm, ep
     x = torch.zeros(16, 2, dtype=torch.float64)
     inputs = AttackInputs(x, torch.zeros(16).long(), torch.full((16,), eps).double(), Noise(torch.arange(16)))
     model = TwoBoundaries()
-    once = FAB(norm=norm, box=WIDE, steps=40).perturb(model, inputs)
+    once = perturb_batch(FAB(norm=norm, box=WIDE, steps=40), model, inputs)
     assert_near(lengths(once, x, norm), torch.full((16,), model.far, dtype=torch.float64), norm)
-    often = FAB(norm=norm, box=WIDE, steps=40, restarts=12).perturb(model, inputs)
+    often = perturb_batch(FAB(norm=norm, box=WIDE, steps=40, restarts=12), model, inputs)
     assert_near(lengths(often, x, norm), torch.full((16,), model.near, dtype=torch.float64), norm)
 
 
@@ -138,8 +139,8 @@ def test_restarts_begin_at_random_points_of_their_own() -> None:
 
     def second(run: int, seed: int) -> Tensor:
         inputs = AttackInputs(case.x, case.y, torch.full((6,), 0.5).double(), Noise(torch.arange(6), seed))
-        inputs = attack.prepared(inputs, torch.full((6,), run), None)
-        state = attack.step(case.model, inputs, attack.init(inputs))
+        inputs = inputs_of_jobs(attack, inputs, torch.full((6,), run), None)
+        state = attack.update(case.model, inputs, attack.init(inputs))
         reach = torch.minimum(affine("l2", UNIT, 6).distance, torch.tensor(0.25))
         if run:
             assert ((state.point - case.x).norm(dim=1) <= reach * (1 + 1e-9)).all()
@@ -159,16 +160,19 @@ def test_a_schedule_that_refills_finds_the_same(options: dict[str, int], paralle
     y = predicted(model, x).argmax(1)
     attack = FAB(norm="l2", steps=6, **options)
     inputs = AttackInputs(x, y, torch.full((10,), float("inf")).double(), Noise(torch.arange(10), 3))
-    whole = attack.perturb(model, inputs)
-    likely = losses.likeliest(predicted(model, x), y)
-    runs = len(attack.runs(4))
-    order = Schedule(model, attack, inputs, runs=runs, batch_size=4, likely=likely, parallel_restarts=parallel_restarts)
+    whole = perturb_batch(attack, model, inputs)
+    ranked = losses.likeliest(predicted(model, x), y) if attack.targets else None
+    options = {"batch_size": 4, "ranked": ranked, "parallel_restarts": parallel_restarts}
+    schedule = schedule_of(attack, model, inputs, 4, **options)
     best, kept = torch.full((10,), float("-inf")).double(), x.clone()
-    while order.busy:
-        for left in order.step():
-            better = left.state.value > best[left.rows]
-            kept[left.rows[better]], best[left.rows[better]] = left.state.kept[better], left.state.value[better]
-            order.judged(left, torch.ones_like(left.rows) > 0)
+    while schedule.busy:
+        for ended in schedule.step():
+            better = ended.state.best_loss > best[ended.sample]
+            kept[ended.sample[better]], best[ended.sample[better]] = (
+                ended.state.best[better],
+                ended.state.best_loss[better],
+            )
+            schedule.confirm(ended, torch.ones_like(ended.sample) > 0)
     assert whole.success is not None
     assert whole.success.all()
     torch.testing.assert_close(kept, whole.x, rtol=0, atol=1e-9)

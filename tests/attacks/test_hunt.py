@@ -6,6 +6,7 @@ few, always the same.
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from attack_oracles import Counting
+from attack_oracles import Counting, schedule_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ from wideberth.attacks import (
     Square,
     Wasserstein,
 )
-from wideberth.attacks.schedule import Schedule
+from wideberth.attacks.drivers import perturb_batch
 from wideberth.checks import Box, InputError
 from wideberth.evaluation.verify import inside
 from wideberth.modes import lent
@@ -208,7 +209,7 @@ ATTACKS: tuple[tuple[type[Attack], dict[str, st.SearchStrategy[Any]]], ...] = (
         Square,
         runs
         | {"norm": norm, "queries": of(1, 6, 14), "p_init": of(0.05, 0.8, 1.0), "rescaled": of(False, True)}
-        | {"ahead": of(1, 2, 5)},
+        | {"parallel_queries": of(1, 2, 5)},
     ),
     (Spatial, runs | {"tries": few, "loss": loss, "translation": of(0.0, 1.0)}),
     (Spatial, runs | {"search": of("grid"), "grid": of((1, 1, 1), (2, 1, 3)), "rotation": of(0.0, 30.0)}),
@@ -307,7 +308,7 @@ class Case:
         return losses.predictions(self.asked(self.x)) if self.right else any_class
 
     @cached_property
-    def problem(self) -> AttackInputs:
+    def inputs(self) -> AttackInputs:
         eps = geometry.per_sample(torch.tensor(self.eps, dtype=torch.float64), self.x)
         index = 100 + 7 * torch.arange(len(self.rows))
         target = (self.y + 1 + self.seed % 2) % self.classes if self.aimed else None
@@ -324,7 +325,7 @@ class Case:
         inputs = self.problem if rows is None else self.inputs.rows(torch.tensor(rows))
         if inputs.eps.isinf().any():
             with lent(self.model):
-                return self.attack.perturb(self.model, inputs, judge=self.judge)
+                return perturb_batch(self.attack, self.model, inputs, check_success=self.judge)
         return self.attack(
             self.model,
             inputs.x,
@@ -333,7 +334,7 @@ class Case:
             index=inputs.noise.index,
             target=inputs.target,
             seed=self.seed,
-            judge=self.judge,
+            check_success=self.judge,
         )
 
 
@@ -391,20 +392,19 @@ def assert_same(one: Adversarial, other: Adversarial, atol: float = 0) -> None:
 def broken(case: Case) -> Tensor:
     """Which rows an evaluation breaks, (B,) bool: by continuous batching, each ended run judged as a verdict does."""
     attack, inputs = case.attack, case.problem
-    likely = None if case.aimed or not attack.targets else losses.likeliest(case.asked(case.x), case.y)
+    ranked = None if case.aimed or not attack.targets else losses.likeliest(case.asked(case.x), case.y)
     found = torch.zeros_like(inputs.y, dtype=torch.bool)
-    count = attack.restarts if likely is None else len(attack.runs(case.classes))
     with lent(case.model):
-        shape = {"runs": count, "batch_size": case.slots, "parallel_restarts": case.parallel_restarts}
-        schedule = Schedule(case.model, attack, inputs, likely=likely, **shape)
+        options = {"batch_size": case.slots, "parallel_restarts": case.parallel_restarts, "ranked": ranked}
+        schedule = schedule_of(attack, case.model, inputs, case.classes, **options)
         while schedule.busy:
-            for left in schedule.step():
-                part, points = inputs.rows(left.rows), attack.result(left.state)
+            for ended in schedule.step():
+                part, points = inputs.rows(ended.sample), attack.result(ended.state)
                 wrong = part.goal_reached(case.asked(points))
                 if attack.norm_bounded:
                     wrong &= inside(part.x, points, part.eps, attack.norm, attack.box)
-                found[left.rows] |= wrong
-                schedule.judged(left, ~wrong | part.eps.isinf())
+                found[ended.sample] |= wrong
+                schedule.confirm(ended, ~wrong | part.eps.isinf())
     return found
 
 
@@ -421,14 +421,14 @@ def check(case: Case) -> None:
 
     # The kind of the answer.
     assert (found.x.shape, found.x.dtype, found.x.requires_grad) == (x.shape, x.dtype, False)
-    assert found.success is not None or not (case.judge or attack.judges)
+    assert found.success is not None or not (case.judge or attack.knows_success)
     for value, kind in (
         (found.success, torch.bool),
         (found.steps_survived, torch.int64),
         (found.evaluations, torch.int64),
     ):
         assert value is None or (value.dtype, tuple(value.shape)) == (kind, (len(x),))
-    assert ((found.steps_survived >= 0) & (found.steps_survived <= found.iterates)).all()
+    assert ((found.steps_survived >= 0) & (found.steps_survived <= found.num_iterates)).all()
     assert (found.evaluations > 0).all()
     assert found.evaluations.sum() == spent
 
@@ -464,8 +464,8 @@ def check(case: Case) -> None:
 
 
 def test_every_exported_attack_is_hunted() -> None:
-    exported = [getattr(attacks, name) for name in attacks.__all__]
-    kinds = {kind for kind in exported if isinstance(kind, type) and issubclass(kind, Attack) and kind is not Attack}
+    exported = (kind for kind in vars(attacks).values() if isinstance(kind, type) and issubclass(kind, Attack))
+    kinds = {kind for kind in exported if not inspect.isabstract(kind)}
     assert kinds == {kind for kind, _ in ATTACKS}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wideberth import geometry
 from wideberth.attacks import DDN, FMN, Adversarial, Attack, AttackInputs, AttackState, CarliniWagner
+from wideberth.attacks.drivers import perturb_batch, run_steps
 from wideberth.checks import Box, InputError, Norm
 from wideberth.modes import lent
 from wideberth.randomness import Noise
@@ -112,7 +113,7 @@ def inputs_of(x: Tensor, y: Tensor, eps: float = float("inf")) -> AttackInputs:
 def search(attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> Adversarial:
     """The whole search, without a radius."""
     with lent(model):
-        return attack.perturb(model, inputs_of(x, y))
+        return perturb_batch(attack, model, inputs_of(x, y))
 
 
 def distances(found: Tensor, x: Tensor, norm: Norm) -> Tensor:
@@ -209,8 +210,8 @@ def test_what_is_misclassified_already_needs_nothing(method: Method, norm: Norm)
 def test_value_is_minus_the_distance_of_what_is_kept(method: Method, norm: Norm) -> None:
     case = samples("four classes", norm).rows(slice(6))
     with lent(case.model):
-        state = replace(method.attack, norm=norm, box=WIDE).run(case.model, inputs_of(case.x, case.y))
-    torch.testing.assert_close(-state.value, distances(state.kept, case.x, norm))
+        state = run_steps(replace(method.attack, norm=norm, box=WIDE), case.model, inputs_of(case.x, case.y))
+    torch.testing.assert_close(-state.best_loss, distances(state.best, case.x, norm))
     # Most points of a search are on the right side or further away; each was counted until the first that was not.
     assert ((state.steps_survived > 0) & (state.steps_survived < state.iteration)).all()
 
@@ -225,7 +226,7 @@ def test_rows_at_different_stages_share_a_batch(method: Method, norm: Norm) -> N
 
     def stepped(state: AttackState, part: AttackInputs, steps: int) -> AttackState:
         for _ in range(steps):
-            state = attack.step(case.model, part, state)
+            state = attack.update(case.model, part, state)
         return state
 
     with lent(case.model):
@@ -295,7 +296,7 @@ def test_ddn_changes_length_by_gamma_and_nothing_else() -> None:
     attack, inputs = DDN(box=WIDE, init_eps=0.01), inputs_of(case.x, case.y)
     state = attack.init(inputs)
     for k in range(5):
-        state = attack.step(case.model, inputs, state)
+        state = attack.update(case.model, inputs, state)
         far = distances(state.point, case.x, "l2")
         torch.testing.assert_close(far, torch.full_like(far, 0.01 * 1.05 ** (k + 1)))
 

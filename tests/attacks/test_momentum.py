@@ -50,7 +50,7 @@ def walked(attack: MIFGSM, gradients: list[list[float]], eps: float) -> list[Ten
     attack, model = replace(attack, box=WIDE, loss=first_logit, steps=len(gradients)), Scripted(gradients)
     state, points = attack.init(inputs), []
     for _ in gradients:
-        state = attack.step(model, inputs, state)
+        state = attack.update(model, inputs, state)
         points.append(state.point[0])
     return points
 
@@ -139,17 +139,17 @@ def test_rows_that_join_later_do_what_they_do_alone() -> None:
     attack = MIFGSM(norm="l2", steps=6, keep="worst")
     alone = attack.init(inputs)
     for _ in range(6):
-        alone = attack.step(model, inputs, alone)
+        alone = attack.update(model, inputs, alone)
     early, late = inputs.rows(torch.arange(2)), inputs.rows(torch.arange(2, 4))
     state = attack.init(early)
     for _ in range(3):
-        state = attack.step(model, early, state)
+        state = attack.update(model, early, state)
     state, both = state.joined(attack.init(late)), early.joined(late)
     for _ in range(3):
-        state = attack.step(model, both, state)
+        state = attack.update(model, both, state)
     state = state.rows(torch.arange(2, 4))
     for _ in range(3):
-        state = attack.step(model, late, state)
+        state = attack.update(model, late, state)
     for name in ("kept", "point", "momentum", "iteration", "spent"):
         torch.testing.assert_close(getattr(state, name), getattr(alone, name)[2:], rtol=0, atol=1e-12)
 

@@ -1,8 +1,8 @@
-"""A PGD run leaves the account of successes to its end: it must find, and count, what step after step finds."""
+"""A driver may record successes after the last step: it must find, and count, what step after step finds."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,8 +11,8 @@ from attack_oracles import network
 from torch import Tensor, nn
 
 from wideberth import geometry
-from wideberth.attacks import MIFGSM, PGD, EarlyStoppedPGD
-from wideberth.attacks.state import AttackInputs, AttackState
+from wideberth.attacks import MIFGSM, PGD, AttackInputs, EarlyStoppedPGD, ProjectedState, Query
+from wideberth.attacks.drivers import run_steps
 from wideberth.randomness import Noise
 
 ATTACKS = {
@@ -35,14 +35,14 @@ def test_a_run_is_its_steps(name: str, targeted: bool) -> None:
     inputs = AttackInputs(x, y, eps, Noise(torch.arange(24), 3), target=(y + 1) % 3 if targeted else None)
     state = attack.init(inputs)
     for _ in range(attack.steps):
-        state = attack.step(model, inputs, state)
-    run = attack.run(model, inputs, judge=False)
+        state = attack.update(model, inputs, state)
+    run = run_steps(attack, model, inputs, check_success=False)
     assert 0 < int((run.steps_survived < attack.steps).sum()) < 24
     for field in fields(run):
         # Three have no meaning before anyone judged the last point; l2 and l1 have no faces.
-        if field.name not in ("kept", "value", "broken") and getattr(state, field.name) is not None:
+        if field.name not in ("best", "best_loss", "adversarial") and getattr(state, field.name) is not None:
             assert torch.equal(getattr(run, field.name), getattr(state, field.name)), field.name
-    assert torch.equal(run.kept, state.point)
+    assert torch.equal(run.best, state.point)
 
 
 class Holding(nn.Module):
@@ -90,8 +90,8 @@ def test_a_gradient_that_float32_cannot_hold_moves_a_float64_point_whatever_the_
     x = torch.full((1, 3), 0.5, dtype=torch.float64)
     inputs = AttackInputs(x, torch.tensor([0]), torch.tensor([0.25]), Noise(torch.arange(1)))
     for norm, moved in (("linf", 0.25), ("l2", 0.25 / 3**0.5)):
-        run = PGD(norm=norm, steps=3, start="none").run(model, inputs, judge=False)  # type: ignore[arg-type]
-        torch.testing.assert_close(x - run.kept, torch.full_like(x, moved))
+        run = run_steps(PGD(norm=norm, steps=3, start="none"), model, inputs, check_success=False)  # type: ignore[arg-type]
+        torch.testing.assert_close(x - run.best, torch.full_like(x, moved))
 
 
 class Reusing(nn.Module):
@@ -117,10 +117,17 @@ def test_a_model_may_answer_in_the_same_memory_every_time() -> None:
     assert torch.equal(plain.steps_survived, reused.steps_survived)
 
 
-def test_a_subclass_with_a_step_of_its_own_is_run_by_it() -> None:
+def test_a_subclass_cannot_replace_the_update_whose_parts_a_driver_may_call() -> None:
+    with pytest.raises(TypeError, match=r"Still\.update: override query, record or move"):
+
+        class Still(PGD):
+            def update(self, *_: Any) -> Any: ...
+
+
+def test_a_subclass_with_a_move_of_its_own_is_run_by_it() -> None:
     class Still(PGD):
-        def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Any = None) -> AttackState:
-            return replace(state, iteration=state.iteration + 1)
+        def move(self, inputs: AttackInputs, state: ProjectedState, query: Query) -> ProjectedState:
+            return state
 
     x = torch.rand(2, 4, dtype=torch.float64)
     found = Still(start="none", steps=2)(network(4, 3), x, torch.zeros(2, dtype=torch.int64), eps=0.3)

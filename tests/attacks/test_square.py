@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attack_oracles import linear, predicted
+from attack_oracles import linear, predicted, schedule_of
 from torch import Tensor, nn
 
 from wideberth import geometry, losses
 from wideberth.attacks import PGD, AttackInputs, Square, square
 from wideberth.attacks import square_windows as windows
-from wideberth.attacks.schedule import Schedule
 from wideberth.attacks.square import _moved, _shortened
 from wideberth.attacks.state import AttackState, ProjectedState
 from wideberth.checks import Box, InputError, Norm
@@ -72,9 +71,9 @@ def test_candidates_differ_from_the_incumbent_in_squares_of_the_published_sides(
     """Stripes hold both signs, so that a window shows in all its rows; each row is at its own iteration."""
     attack = Square(rescaled=rescaled)
     given, state = begun(attack, (1, 32, 32), batch=len(expected))
-    state = replace(state, asked=torch.tensor(list(expected))[:, None], age=1000)
-    state = attack.step(indifferent(1024), given, state)
-    rows, columns = extent(state.point != state.kept)
+    state = replace(state, queries=torch.tensor(list(expected))[:, None], age=1000)
+    state = attack.update(indifferent(1024), given, state)
+    rows, columns = extent(state.point != state.best)
     side = torch.tensor(list(expected.values()))
     assert torch.equal(rows, side)
     assert (columns <= side).all()
@@ -100,7 +99,7 @@ def test_every_position_is_drawn_and_as_often(dtype: torch.dtype) -> None:
     where[0], where[1] = 0, 1 - torch.finfo(dtype).eps / 2  # the largest number that is drawn
     window = plan.draw(torch.zeros(len(where), dtype=torch.int64), where, 7, 9)
     side = int(window.rows[0])
-    for first, length in ((window.top, 7), (window.left, 9)):
+    for first, length in ((window.top, 7), (window.ended, 9)):
         share = first.bincount(minlength=length - side + 1) / len(where)
         torch.testing.assert_close(share, torch.full((length - side + 1,), 1 / (length - side + 1)), rtol=0.1, atol=0)
 
@@ -109,19 +108,19 @@ def test_every_position_is_drawn_and_as_often(dtype: torch.dtype) -> None:
 @each_shape
 def test_every_channel_may_change_but_only_inside_the_windows(norm: Norm, shape: tuple[int, ...]) -> None:
     """linf leaves everything outside one window; l2 and l1 empty a second one, and may rescale the rest."""
-    attack = Square(norm=norm, queries=60, rescaled=True, ahead=1)
+    attack = Square(norm=norm, queries=60, rescaled=True, parallel_queries=1)
     given, state = begun(attack, shape, batch=24, eps=0.2)
     model, seen = indifferent(given.x[0].numel()), torch.zeros_like(given.x, dtype=torch.bool)
     for iteration in range(40):
-        state = attack.step(model, given, state)
-        changed = windows.image(state.point != state.kept)
+        state = attack.update(model, given, state)
+        changed = windows.image(state.point != state.best)
         if norm == "linf":
             height, width = changed.shape[2:]
             most = windows.sides(0.8 / 2 ** int(stage_of(iteration, 60)), height, width, norm)
             rows, columns = extent(changed)
             assert (rows <= most[0]).all()
             assert (columns <= most[1]).all()
-        seen |= state.point != state.kept
+        seen |= state.point != state.best
     assert seen.any(0).all()
 
 
@@ -135,15 +134,15 @@ def stage_of(iteration: int, queries: int) -> Tensor:
 
 @each_shape
 def test_linf_points_are_corners_of_ball_and_box_and_no_query_is_wasted(shape: tuple[int, ...]) -> None:
-    attack = Square(queries=50, rescaled=True, ahead=2)
+    attack = Square(queries=50, rescaled=True, parallel_queries=2)
     given, state = begun(attack, shape)
     assert isinstance(state, ProjectedState)
     low, high = state.low[:, None], state.high[:, None]
     model = linear(drawn(2, given.x[0].numel()))
     for _ in range(25):
         assert ((state.points == low) | (state.points == high)).all()
-        state = attack.step(model, given, state)
-        assert (state.points != state.kept[:, None]).flatten(2).any(2).all()
+        state = attack.update(model, given, state)
+        assert (state.points != state.best[:, None]).flatten(2).any(2).all()
     torch.testing.assert_close(state.high, (given.x + 0.1).clamp(0, 1), rtol=0, atol=1e-15)
     torch.testing.assert_close(state.low, (given.x - 0.1).clamp(0, 1), rtol=0, atol=1e-15)
 
@@ -151,24 +150,24 @@ def test_linf_points_are_corners_of_ball_and_box_and_no_query_is_wasted(shape: t
 @pytest.mark.parametrize("channels", [1, 3])
 def test_queries_that_would_repeat_the_incumbent_count_without_being_asked(channels: int) -> None:
     """And no others: a window that is turned over for it was all at one face in each channel, and all of it moves."""
-    attack = Square(queries=600, ahead=1)
+    attack = Square(queries=600, parallel_queries=1)
     given, state = begun(attack, (channels, 12, 12), batch=32)
     assert isinstance(state, ProjectedState)
     model = indifferent(channels * 144)
     saved = 0
     while bool((state.iteration < attack.num_steps).any()):
         before = state
-        state = attack.step(model, given, state)
+        state = attack.update(model, given, state)
         over = before.iteration >= attack.num_steps
-        assert torch.equal(state.kept[over], before.kept[over])
+        assert torch.equal(state.best[over], before.best[over])
         turned = state.iteration - before.iteration == 2
         saved += int(turned.sum())
-        moved = (state.point != state.kept)[turned]
+        moved = (state.point != state.best)[turned]
         # A rectangle in every channel, and in every channel the same.
         down, across = moved.any(3, keepdim=True), moved.any(2, keepdim=True)
         assert torch.equal(moved, (down & across).expand_as(moved))
         assert torch.equal(moved, moved[:, :1].expand_as(moved))
-        at_top = (state.kept == state.high)[turned]
+        at_top = (state.best == state.high)[turned]
         assert ((at_top & moved).flatten(2).any(2) != (~at_top & moved).flatten(2).any(2)).all()
     assert saved > (100 if channels == 1 else 3)
     assert state.steps_survived.tolist() == [600] * 32
@@ -176,15 +175,15 @@ def test_queries_that_would_repeat_the_incumbent_count_without_being_asked(chann
 
 def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose windows differ in size share a batch: half of them are 150 queries further."""
-    attack, model, searches = Square(queries=400, rescaled=True, ahead=1), linear(drawn(2, 432)), []
+    attack, model, searches = Square(queries=400, rescaled=True, parallel_queries=1), linear(drawn(2, 432)), []
     for few in (0, 1 / 16, 1):  # none of them, those that are small, and all
         monkeypatch.setattr(square, "_FEW", few)
         given, state = begun(attack, (3, 12, 12), batch=16)
         further = torch.arange(16) % 2 * 150
-        state = replace(state, asked=further[:, None], **attack._drawn(given, further))
+        state = replace(state, queries=further[:, None], **attack._drawn(given, further))
         points = []
         for _ in range(200):
-            state = attack.step(model, given, state)
+            state = attack.update(model, given, state)
             points.append(state.point)
         searches.append((torch.stack(points), state.iteration))
     for points, iteration in searches[1:]:
@@ -207,10 +206,10 @@ def test_runs_side_by_side_cost_the_same_whoever_is_there() -> None:
     (model, given), costs = smooth("linf", (3, 12, 12)), []
     for batch_size in (3, 200):
         attack, cost = Square(queries=60, rescaled=True, restarts=3), torch.zeros(24, dtype=torch.int64)
-        schedule = Schedule(model, attack, given, runs=3, batch_size=batch_size, parallel_restarts=3)
+        schedule = schedule_of(attack, model, given, batch_size=batch_size, parallel_restarts=3)
         while schedule.busy:
-            for left in schedule.step():
-                cost.index_add_(0, left.rows, schedule.judged(left, ~left.state.broken))
+            for ended in schedule.step():
+                cost.index_add_(0, ended.sample, schedule.confirm(ended, ~ended.state.adversarial))
         costs.append(cost)
     assert torch.equal(*costs)
     assert (costs[0] < costs[0].max()).any(), "some are broken early"
@@ -226,23 +225,23 @@ def test_queries_at_once_find_what_they_find_one_after_the_other(
     (model, given), asked = smooth(norm, shape), []
     model.register_forward_hook(lambda *call: asked.append(len(call[-1])))
     searches = []
-    for ahead in (1, 5):
-        attack = Square(norm=norm, queries=150, rescaled=True, ahead=ahead)
-        schedule = Schedule(model, attack, given, runs=1, batch_size=batch_size)
+    for count in (1, 5):
+        attack = Square(norm=norm, queries=150, rescaled=True, parallel_queries=count)
+        schedule = schedule_of(attack, model, given, batch_size=batch_size)
         ends: dict[int, AttackState] = {}
         evaluations, refused = torch.zeros(24), torch.zeros(24, dtype=torch.bool)
         asked.clear()
         while schedule.busy:
-            for left in schedule.step():
-                ends |= {row: left.state.rows(torch.tensor([at])) for at, row in enumerate(left.rows.tolist())}
-                held = ~left.state.broken | ~refused[left.rows]
-                refused[left.rows] |= left.state.broken
-                evaluations[left.rows] += schedule.judged(left, held)
+            for ended in schedule.step():
+                ends |= {row: ended.state.rows(torch.tensor([at])) for at, row in enumerate(ended.sample.tolist())}
+                held = ~ended.state.adversarial | ~refused[ended.sample]
+                refused[ended.sample] |= ended.state.adversarial
+                evaluations[ended.sample] += schedule.confirm(ended, held)
         assert max(asked) <= 2 * batch_size
         searches.append((ends, evaluations, refused, len(asked)))
     (one, cost, again, often), (other, same, too, seldom) = searches
     for row in range(24):
-        for name in ("kept", "value", "broken", "steps_survived", "iteration"):
+        for name in ("best", "best_loss", "adversarial", "steps_survived", "iteration"):
             torch.testing.assert_close(getattr(one[row], name), getattr(other[row], name), rtol=1e-6, atol=1e-7)
     assert 0 < again.sum() < 24
     assert torch.equal(again, too)
@@ -251,17 +250,17 @@ def test_queries_at_once_find_what_they_find_one_after_the_other(
 
 
 def test_a_call_asks_one_query_after_the_other() -> None:
-    attack, model, asked = Square(queries=40, ahead=4), linear(drawn(2, 48)), []
+    attack, model, asked = Square(queries=40, parallel_queries=4), linear(drawn(2, 48)), []
     given, _ = begun(attack, (3, 4, 4))
     model.register_forward_hook(lambda *call: asked.append(len(call[-1])))
     assert (attack(model, given.x, given.y, eps=0.02).evaluations == 40).all()
     assert asked == [1] + 40 * [8]
 
 
-@pytest.mark.parametrize("ahead", [0, 33])
-def test_too_many_queries_ahead_are_refused(ahead: int) -> None:
-    with pytest.raises(InputError, match=f"ahead={ahead}"):
-        Square(ahead=ahead)
+@pytest.mark.parametrize("count", [0, 33])
+def test_too_many_queries_ahead_are_refused(count: int) -> None:
+    with pytest.raises(InputError, match=f"parallel_queries={count}"):
+        Square(parallel_queries=count)
 
 
 def test_masks_reach_faces_far_out_in_half_precision() -> None:
@@ -437,14 +436,14 @@ def test_needs_no_gradient_and_builds_no_graph() -> None:
 
 @each_norm
 def test_more_queries_never_lower_the_loss_of_the_incumbent(norm: Norm) -> None:
-    attack = Square(norm=norm, queries=60, rescaled=True, ahead=1)
+    attack = Square(norm=norm, queries=60, rescaled=True, parallel_queries=1)
     given, state = begun(attack, (3, 8, 8))
     model = linear(drawn(2, 192), torch.tensor([1e4, 0.0]))
     values = []
     for _ in range(60):
-        state = attack.step(model, given, state)
-        torch.testing.assert_close(state.value, losses.margin_loss(predicted(model, state.kept), given.y))
-        values.append(state.value)
+        state = attack.update(model, given, state)
+        torch.testing.assert_close(state.best_loss, losses.margin_loss(predicted(model, state.best), given.y))
+        values.append(state.best_loss)
     rise = torch.stack(values).diff(dim=0)
     assert (rise >= 0).all()
     assert ((rise > 0).sum(0) > 2).all()
@@ -452,38 +451,38 @@ def test_more_queries_never_lower_the_loss_of_the_incumbent(norm: Norm) -> None:
 
 @each_norm
 def test_a_broken_row_keeps_its_point(norm: Norm) -> None:
-    attack = Square(norm=norm, queries=80, rescaled=True, ahead=1)
+    attack = Square(norm=norm, queries=80, rescaled=True, parallel_queries=1)
     x = torch.rand(20, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = linear(drawn(3, 36))
     given = problem(x, predicted(model, x).argmax(1), {"linf": 0.2, "l2": 0.8, "l1": 3.0}[norm])
     state = attack.init(given)
     for _ in range(80):
-        before, state = state, attack.step(model, given, state)
-        assert torch.equal(state.kept[before.broken], before.kept[before.broken])
-        assert torch.equal(state.steps_survived[before.broken], before.steps_survived[before.broken])
-    assert state.broken.any()
-    assert (state.steps_survived[state.broken] < 80).all()
+        before, state = state, attack.update(model, given, state)
+        assert torch.equal(state.best[before.adversarial], before.best[before.adversarial])
+        assert torch.equal(state.steps_survived[before.adversarial], before.steps_survived[before.adversarial])
+    assert state.adversarial.any()
+    assert (state.steps_survived[state.adversarial] < 80).all()
 
 
 @each_norm
 def test_rows_at_different_iterations_share_a_batch(norm: Norm) -> None:
-    attack = Square(norm=norm, queries=30, rescaled=True, ahead=1)
+    attack = Square(norm=norm, queries=30, rescaled=True, parallel_queries=1)
     given, state = begun(attack, (2, 6, 6), batch=6)
     model = linear(drawn(2, 72), torch.tensor([1e4, 0.0]))
     alone = state
     for _ in range(24):
-        alone = attack.step(model, given, alone)
+        alone = attack.update(model, given, alone)
     first = torch.arange(6) < 3
     early, late = given.rows(first), given.rows(~first)
     mixed = attack.init(early)
     for _ in range(10):
-        mixed = attack.step(model, early, mixed)
+        mixed = attack.update(model, early, mixed)
     together, mixed = early.joined(late), mixed.joined(attack.init(late))
     for _ in range(14):
-        mixed = attack.step(model, together, mixed)
+        mixed = attack.update(model, together, mixed)
     torch.testing.assert_close(mixed.point[:3], alone.point[:3], rtol=0, atol=1e-12)
     for _ in range(10):
-        mixed = attack.step(model, together, mixed)
+        mixed = attack.update(model, together, mixed)
     torch.testing.assert_close(mixed.point[3:], alone.point[3:], rtol=0, atol=1e-12)
 
 
@@ -493,7 +492,7 @@ def test_rows_at_different_iterations_share_a_batch(norm: Norm) -> None:
 @pytest.mark.parametrize("eps", [1e-4, 0.3, 1e4])
 def test_every_query_lies_in_ball_and_box(norm: Norm, dtype: torch.dtype, box: Box, eps: float) -> None:
     """Not only what is returned: any candidate may become it."""
-    attack = Square(norm=norm, box=box, queries=40, rescaled=True, ahead=3)
+    attack = Square(norm=norm, box=box, queries=40, rescaled=True, parallel_queries=3)
     low, high = (0.0, 1.0) if box[0] == float("-inf") else box
     x = torch.rand(6, 3, 7, 7, generator=torch.Generator().manual_seed(0))
     x = (low + (high - low) * x).to(dtype).clamp(*box)
@@ -504,7 +503,7 @@ def test_every_query_lies_in_ball_and_box(norm: Norm, dtype: torch.dtype, box: B
         distance = (state.points.double() - x.double()[:, None]).flatten(2).norm(p=ORDER[norm], dim=2)
         assert (distance <= given.eps.double()[:, None] * (1 + 1e-6)).all()
         assert torch.equal(state.points, state.points.clamp(*box))
-        state = attack.step(model, given, state)
+        state = attack.update(model, given, state)
 
 
 @pytest.mark.parametrize("options", [{"queries": 0}, {"p_init": -0.1}, {"p_init": 1.5}], ids=str)

@@ -43,7 +43,7 @@ def trained(model: nn.Module, eps: float, epochs: int) -> nn.Module:
         for rows in torch.randperm(len(x), generator=generator).split(128):
             point = x[rows]
             if eps:
-                point = attack(model, point, y[rows], eps=eps, index=rows, seed=epoch, judge=False).x
+                point = attack(model, point, y[rows], eps=eps, index=rows, seed=epoch, check_success=False).x
             optimizer.zero_grad()
             F.cross_entropy(model(point), y[rows]).backward()
             optimizer.step()

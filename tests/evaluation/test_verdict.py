@@ -208,20 +208,22 @@ def test_success_that_the_judge_does_not_confirm_ends_no_run(parallel_restarts: 
     y = model(x).argmax(1)
     attack = PGD(steps=8, step_size=0.05, keep="worst", start="none", loss=losses.margin_loss)
     eps = torch.full((6,), 0.5, dtype=torch.float64)
+    inputs = AttackInputs(x, y, eps, Noise(torch.arange(6)))
     schedule = Schedule(
         model,
         attack,
-        AttackInputs(x, y, eps, Noise(torch.arange(6))),
-        runs=2,
+        inputs.rows,
+        torch.zeros(6, dtype=torch.int64),
+        jobs=2,
         batch_size=4,
         parallel_restarts=parallel_restarts,
     )
     spent, settled, leaves = (torch.zeros(6, dtype=torch.int64) for _ in range(3))
     while schedule.busy:
-        for left in schedule.step():
-            spent[left.rows] += left.state.spent
-            leaves[left.rows] += 1
-            settled[left.rows] += schedule.judged(left, torch.ones_like(left.rows) > 0)
+        for ended in schedule.step():
+            spent[ended.sample] += ended.state.evaluations
+            leaves[ended.sample] += 1
+            settled[ended.sample] += schedule.confirm(ended, torch.ones_like(ended.sample) > 0)
     assert leaves.max() > 3, "some succeed early, and again after every refusal"
     assert (spent == 2 * 2 * attack.num_steps).all(), "two runs of a forward and a gradient a step, each counted once"
     assert torch.equal(settled, spent + leaves), "and a forward of the judge each time that a run left"

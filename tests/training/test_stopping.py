@@ -74,7 +74,7 @@ def test_one_step_from_beyond_the_ball_is_judged_within_it(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("judge", [Harmless(), Outside()])
 def test_a_judges_word_is_not_taken(tmp_path: Path, judge: Any) -> None:
-    assert judged(tmp_path / "run", judge=judge) == (1, 1)
+    assert judged(tmp_path / "run", check_success=judge) == (1, 1)
 
 
 def test_a_judge_of_ones_own(tmp_path: Path) -> None:

@@ -136,9 +136,11 @@ def test_all_iterates_that_the_attack_steps_from_are_counted(keep: Any, judge: b
     distance = torch.tensor([-0.05, 0.05, 0.15, 0.25, 0.35, 0.45], dtype=torch.float64)
     x, y = 0.5 + distance[:, None], torch.zeros(6, dtype=torch.int64)
     attack = wb.attacks.PGD(steps=4, step_size=0.1, start="none", keep=keep)
-    found = step_of(halves(), x, y, attack=attack).attack(torch.full((6,), 0.45, dtype=torch.float64), judge=judge)
+    found = step_of(halves(), x, y, attack=attack).attack(
+        torch.full((6,), 0.45, dtype=torch.float64), check_success=judge
+    )
     assert found.steps_survived.tolist() == [0, 1, 2, 3, 4, 4]
-    assert found.iterates.tolist() == [4] * 6
+    assert found.num_iterates.tolist() == [4] * 6
 
 
 def test_gairat_in_the_loop_makes_no_forward_of_its_own() -> None:

@@ -1,46 +1,32 @@
-"""Attacks: immutable hyper-parameters that craft, for every sample within its own radius, the worst point found."""
+"""Attacks: immutable hyper-parameters; called, they find the worst point within the radius of each sample."""
 
-from wideberth.attacks.apgd import APGD
-from wideberth.attacks.base import Adversarial, Attack
-from wideberth.attacks.carlini_wagner import CarliniWagner
-from wideberth.attacks.ddn_fmn import DDN, FMN
-from wideberth.attacks.deepfool import DeepFool
-from wideberth.attacks.early_stopped import EarlyStoppedPGD
-from wideberth.attacks.fab import FAB
-from wideberth.attacks.mi_fgsm import MIFGSM
-from wideberth.attacks.pgd import FGSM, NFGSM, PGD, ScaledStep
-from wideberth.attacks.pma import PMA
-from wideberth.attacks.random_noise import RandomNoise
-from wideberth.attacks.spatial import Flow, Spatial
-from wideberth.attacks.square import Square
-from wideberth.attacks.state import AttackInputs, AttackState
-from wideberth.attacks.suites import SUITES, Stage, suite
-from wideberth.attacks.wasserstein import Wasserstein
-
-__all__ = [
-    "APGD",
-    "DDN",
-    "FAB",
-    "FGSM",
-    "FMN",
-    "MIFGSM",
-    "NFGSM",
-    "PGD",
-    "PMA",
-    "SUITES",
-    "Adversarial",
-    "Attack",
-    "AttackInputs",
-    "AttackState",
-    "CarliniWagner",
-    "DeepFool",
-    "EarlyStoppedPGD",
-    "Flow",
-    "RandomNoise",
-    "ScaledStep",
-    "Spatial",
-    "Square",
-    "Stage",
-    "Wasserstein",
-    "suite",
-]
+from wideberth.attacks.apgd import APGD as APGD
+from wideberth.attacks.base import Adversarial as Adversarial
+from wideberth.attacks.base import Attack as Attack
+from wideberth.attacks.base import Query as Query
+from wideberth.attacks.base import SteppedAttack as SteppedAttack
+from wideberth.attacks.carlini_wagner import CarliniWagner as CarliniWagner
+from wideberth.attacks.ddn_fmn import DDN as DDN
+from wideberth.attacks.ddn_fmn import FMN as FMN
+from wideberth.attacks.deepfool import DeepFool as DeepFool
+from wideberth.attacks.drivers import perturb_batch as perturb_batch
+from wideberth.attacks.early_stopped import EarlyStoppedPGD as EarlyStoppedPGD
+from wideberth.attacks.fab import FAB as FAB
+from wideberth.attacks.fgsm import FGSM as FGSM
+from wideberth.attacks.fgsm import NFGSM as NFGSM
+from wideberth.attacks.flow import Flow as Flow
+from wideberth.attacks.mi_fgsm import MIFGSM as MIFGSM
+from wideberth.attacks.pgd import PGD as PGD
+from wideberth.attacks.pgd import GradientAscent as GradientAscent
+from wideberth.attacks.pgd import ScaledStep as ScaledStep
+from wideberth.attacks.pma import PMA as PMA
+from wideberth.attacks.random_noise import RandomNoise as RandomNoise
+from wideberth.attacks.spatial import Spatial as Spatial
+from wideberth.attacks.square import Square as Square
+from wideberth.attacks.state import AttackInputs as AttackInputs
+from wideberth.attacks.state import AttackState as AttackState
+from wideberth.attacks.state import ProjectedState as ProjectedState
+from wideberth.attacks.suites import SUITES as SUITES
+from wideberth.attacks.suites import Stage as Stage
+from wideberth.attacks.suites import suite as suite
+from wideberth.attacks.wasserstein import Wasserstein as Wasserstein

@@ -1,4 +1,4 @@
-"""APGD (Croce and Hein 2020, 2021): projected gradient ascent that chooses its own step size."""
+"""APGD (Croce and Hein 2020, 2021): projected gradient ascent that adapts its step size."""
 
 from __future__ import annotations
 
@@ -9,79 +9,80 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, input_gradient
-from wideberth.attacks.state import AttackInputs, AttackState, ProjectedState
+from wideberth.attacks.base import Attack, Query, input_gradient
+from wideberth.attacks.state import AttackInputs, ProjectedState
 from wideberth.checks import InputError
 from wideberth.losses import Loss
 
 _MOMENTUM = 0.25
-"""Share of the last move that is made again."""
+"""Weight of the last step in the next one."""
 _FIRST_ACTIVE = 5
-"""l1: one in so many entries moves, until the first check."""
+"""l1: one in so many entries moves, until the first checkpoint."""
 _SPARSER = 0.95
 """l1: an optimum with less than this share of the entries that it had is worth another start with full steps."""
 _ROUNDING = 1e-6
 """l1: an entry that is no further from the input, in units of the radius, came back to it but for rounding."""
 _SHORTER, _SHORTEST = 1.5, 0.1
-"""l1: what a step is divided by at any other check, and the least it may be, in units of the radius."""
+"""l1: what a step size is divided by at any other checkpoint, and its least value, in units of the radius."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ascent(ProjectedState):
-    """What APGD remembers of a row.
+class APGDState(ProjectedState):
+    """The state of APGD.
 
     Attributes:
-        best: (B, ...) point of highest loss; with `large_eps`, since the radius last changed.
-        best_gradient: (B, ...) the gradient there.
-        best_value: (B,) the loss there.
-        previous: (B, ...) where the move to `point` began.
-        size: (B,) step, in units of the radius.
-        last: (B,) loss at the point asked about before.
-        risen: (B,) int64, how often the loss rose since the last check.
-        checked: (B,) the best loss as of the last check.
-        halved: (B,) bool, whether the last check halved the step.
-        support: (B,) int64, in how many entries `best` differed from the input at the last check (l1).
-        active: (B,) int64, in how many entries a step goes (l1).
+        highest_point: (B, ...) the point of highest loss so far; with `large_eps`, since the radius last changed.
+        highest_gradient: (B, ...) the gradient there.
+        highest_loss: (B,) the loss there.
+        origin: (B, ...) where the step to `point` began.
+        step_size: (B,) in units of the radius.
+        last_loss: (B,) the loss at the point queried before.
+        rises: (B,) int64, how often the loss rose since the last checkpoint.
+        checkpoint_loss: (B,) `highest_loss` as of the last checkpoint.
+        halved: (B,) bool, whether the last checkpoint halved the step size.
+        support: (B,) int64, in how many entries `highest_point` differed from the input at the last checkpoint (l1).
+        active: (B,) int64, how many entries a step changes (l1).
     """
 
-    best: Tensor
-    best_gradient: Tensor
-    best_value: Tensor
-    previous: Tensor
-    size: Tensor
-    last: Tensor
-    risen: Tensor
-    checked: Tensor
+    highest_point: Tensor
+    highest_gradient: Tensor
+    highest_loss: Tensor
+    origin: Tensor
+    step_size: Tensor
+    last_loss: Tensor
+    rises: Tensor
+    checkpoint_loss: Tensor
     halved: Tensor
     support: Tensor
     active: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class APGD(Attack):
-    """Auto-PGD (Croce and Hein 2020; in l1, Croce and Hein 2021): full steps first, shorter ones where they stall.
+class APGD(Attack[APGDState]):
+    """Auto-PGD (Croce and Hein 2020; in l1, Croce and Hein 2021): projected gradient ascent that adapts its step size.
 
     A step has length 2 eps at first and momentum. At checkpoints that become denser, a row whose loss rose too seldom,
-    or whose best loss stands still, halves its step and goes back to its best point. In l1 a step goes in the largest
-    entries of the gradient, fewer as the perturbation becomes sparser, and is projected onto ball and box together.
+    or whose highest loss stands still, halves its step size and restarts from its point of highest loss. In l1 a step
+    changes the largest entries of the gradient, fewer as the perturbation becomes sparser, and is projected onto ball
+    and box together.
 
-    A run costs steps + 1 forwards and as many input gradients (`large_eps`: steps + 3). `APGD(loss=losses.dlr_loss,
+    It costs steps + 1 forwards and as many input gradients (`large_eps`: steps + 3). `APGD(loss=losses.dlr_loss,
     targets=9)` is what AutoAttack calls APGD-T.
 
     It returns the first misclassified point, at which an evaluation ends the row, or else the point of highest loss.
 
-    What we do differently: the authors' code returns the last misclassified point of a run, and the input where there
-    is none. At the first checkpoint it asks whether the first loss is positive; we ask whether it rose, as the paper
-    does. In l1, its entries that come back to the input but for rounding still count as perturbed, and rounding may let
-    one entry more move; ours do not. Where two perturbed entries are left, it goes on with both, and may get stuck; we
-    go on with one of them every other time. But for that, the points in l1 are the same. With `large_eps`, a mistake
+    What we do differently: the authors' code returns the last misclassified point, and the input where there is none.
+    At the first checkpoint it tests whether the first loss is positive; we test whether it rose, as the paper does. In
+    l1, its entries that come back to the input but for rounding still count as perturbed, and rounding may let one
+    entry more move; ours do not. Where two perturbed entries are left, it goes on with both, and may get stuck; we go
+    on with one of them every other time. Apart from that, the points in l1 are the same. With `large_eps`, a success
     within eps also counts while the radius is larger. With several `draws`, the loss is their mean, not the last.
 
     Attributes:
         steps: how many, >= 1.
         loss: what is ascended; (logits, y) -> (B,).
-        rho: a row whose loss rose in no more than this share of the steps between two checkpoints halves its step,
-            in [0, 1]; l1 has no use for it.
+        rho: a row whose loss rose in no more than this fraction of the steps between two checkpoints halves its step
+            size, in [0, 1]; unused in l1.
         large_eps: search at 3 eps for 30 % of the steps, at 2 eps for 30 %, and at eps for the rest; l1 only.
         draws: passes that a gradient is the mean of, for randomised models; the last decides about success.
     """
@@ -105,11 +106,11 @@ class APGD(Attack):
 
     @property
     def num_steps(self) -> int:
-        """The steps, and a look at where each of the radii begins."""
+        """The steps, and a query of the first point at each of the radii."""
         return self.steps + (3 if self.large_eps else 1)
 
-    def init(self, inputs: AttackInputs) -> Ascent:
-        """Begin on the boundary of the ball: linf and l2 in a random direction, l1 at projected Gaussian noise."""
+    def init(self, inputs: AttackInputs) -> APGDState:
+        """On the boundary of the ball: linf and l2 in a random direction, l1 at projected Gaussian noise."""
         x, wide, noise = inputs.x, inputs.eps.dtype, inputs.noise.fold("apgd", "start")
         radius = inputs.eps * self._plan(inputs).factor[0]
         shape = x.shape[1:]
@@ -121,130 +122,122 @@ class APGD(Attack):
         low = torch.full_like(inputs.eps, float("-inf"))
         none = torch.zeros_like(inputs.y)
         entries = x[0].numel()
-        state = Ascent.within(
+        state = APGDState.initial_in_ball(
             inputs,
             point,
             self.norm,
             self.box,
-            best=point,
-            best_gradient=torch.zeros_like(x),
-            best_value=low,
-            previous=point,
-            size=torch.full_like(inputs.eps, 1 if self.norm == "l1" else 2),
-            last=-low,
-            risen=none,
-            checked=low,
+            highest_point=point,
+            highest_gradient=torch.zeros_like(x),
+            highest_loss=low,
+            origin=point,
+            step_size=torch.full_like(inputs.eps, 1 if self.norm == "l1" else 2),
+            last_loss=-low,
+            rises=none,
+            checkpoint_loss=low,
             halved=torch.ones_like(inputs.y, dtype=torch.bool),
             support=none + entries,
             active=none - (-entries // _FIRST_ACTIVE),
         )
-        # The larger balls are for the search alone: a point of theirs is not to be returned.
-        return replace(state, kept=x) if self.large_eps else state
+        # A point of the larger balls may lie outside eps, and is not to be returned.
+        return replace(state, best=x) if self.large_eps else state
 
-    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> Ascent:
-        """One forward and one input gradient at `state.point`; then the step size, and a step."""
-        assert isinstance(state, Ascent)
+    def update(self, model: nn.Module, inputs: AttackInputs, state: APGDState) -> APGDState:
+        """One forward and one input gradient at `state.point`; then adapt the step size, and step."""
         plan = self._plan(inputs).at(state.iteration)
-        ascended = inputs.loss(self.loss if loss is None else loss)
-        logits, value, gradient = input_gradient(model, state.point, ascended, self.draws)
-        # A loss that is no number is no progress.
-        value = value.to(state.value.dtype).nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-        state = self._remember(inputs, state, plan, inputs.goal_reached(logits), value, gradient)
+        logits, loss, gradient = input_gradient(model, state.point, inputs.attack_loss(self.loss), self.draws)
+        # A loss that is NaN is no progress.
+        loss = loss.to(state.best_loss.dtype).nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+        state = self._recorded(inputs, state, plan, Query(logits, loss, gradient, 2 * self.draws))
         if self.norm == "l1":
             state, restart = self._adapt_sparsity(inputs, state, plan)
         else:
-            state, restart = self._adapt_size(state, plan, value)
-        origin = geometry.choose(restart, state.best, state.point)
-        gradient = geometry.choose(restart, state.best_gradient, gradient).to(inputs.eps.dtype)
-        return replace(
-            state,
-            point=self._moved(inputs, state, plan, origin, gradient),
-            previous=origin,
-            iteration=state.iteration + 1,
-            spent=state.spent + 2 * self.draws,
-        )
+            state, restart = self._adapt_step_size(state, plan, loss)
+        origin = geometry.choose(restart, state.highest_point, state.point)
+        gradient = geometry.choose(restart, state.highest_gradient, gradient).to(inputs.eps.dtype)
+        point = self._step(inputs, state, plan, origin, gradient)
+        return replace(state, point=point, origin=origin, iteration=state.iteration + 1)
 
     def _plan(self, inputs: AttackInputs) -> _Plan:
         return _plan(self.steps, self.norm == "l1", self.large_eps, inputs.y.device)
 
-    def _remember(
-        self, inputs: AttackInputs, state: Ascent, plan: _Plan, achieved: Tensor, value: Tensor, gradient: Tensor
-    ) -> Ascent:
-        """Take account of what the model said about `state.point`."""
+    def _recorded(self, inputs: AttackInputs, state: APGDState, plan: _Plan, query: Query) -> APGDState:
+        """The state with the query recorded, but for the iteration."""
         final = plan.factor == 1
-        now = achieved
+        success = inputs.goal_reached(query.logits)
         if self.large_eps:
             delta = state.point.to(inputs.eps.dtype) - inputs.x
-            now = achieved & (final | (geometry.norm(delta, self.norm) <= inputs.eps))
-        better = plan.opening | (value > state.best_value)
-        kept = ~state.broken & (now | (better & final))
+            success = success & (final | (geometry.norm(delta, self.norm) <= inputs.eps))
+        higher = plan.opening | (query.loss > state.highest_loss)
+        better = ~state.adversarial & (success | (higher & final))
         return replace(
             state,
-            kept=geometry.choose(kept, state.point, state.kept),
-            value=torch.where(kept, value, state.value),
-            broken=state.broken | now,
-            steps_survived=state.steps_survived + (~now & (state.steps_survived == state.iteration)),
             best=geometry.choose(better, state.point, state.best),
-            best_gradient=geometry.choose(better, gradient, state.best_gradient),
-            best_value=torch.where(better, value, state.best_value),
+            best_loss=torch.where(better, query.loss, state.best_loss),
+            adversarial=state.adversarial | success,
+            steps_survived=state.steps_survived + (~success & (state.steps_survived == state.iteration)),
+            evaluations=state.evaluations + query.cost,
+            highest_point=geometry.choose(higher, state.point, state.highest_point),
+            highest_gradient=geometry.choose(higher, query.gradient, state.highest_gradient),
+            highest_loss=torch.where(higher, query.loss, state.highest_loss),
         )
 
-    def _adapt_size(self, state: Ascent, plan: _Plan, value: Tensor) -> tuple[Ascent, Tensor]:
-        """linf and l2: at checkpoints halve the step of rows that oscillate or stall; these restart, (B,) bool."""
-        risen = state.risen + (value > state.last)
-        due = plan.interval > 0
-        stalled = ~state.halved & (state.best_value <= state.checked)
-        halve = due & ((risen <= self.rho * plan.interval) | stalled)
+    def _adapt_step_size(self, state: APGDState, plan: _Plan, loss: Tensor) -> tuple[APGDState, Tensor]:
+        """linf and l2: at checkpoints halve the step size of rows that oscillate or stall; these restart, (B,) bool."""
+        rises = state.rises + (loss > state.last_loss)
+        checkpoint = plan.interval > 0
+        stalled = ~state.halved & (state.highest_loss <= state.checkpoint_loss)
+        halve = checkpoint & ((rises <= self.rho * plan.interval) | stalled)
         state = replace(
             state,
-            size=torch.where(halve, state.size / 2, state.size),
-            last=value,
-            risen=torch.where(due, 0, risen),
-            checked=torch.where(due, state.best_value, state.checked),
-            halved=torch.where(due, halve, state.halved),
+            step_size=torch.where(halve, state.step_size / 2, state.step_size),
+            last_loss=loss,
+            rises=torch.where(checkpoint, 0, rises),
+            checkpoint_loss=torch.where(checkpoint, state.highest_loss, state.checkpoint_loss),
+            halved=torch.where(checkpoint, halve, state.halved),
         )
         return state, halve
 
-    def _adapt_sparsity(self, inputs: AttackInputs, state: Ascent, plan: _Plan) -> tuple[Ascent, Tensor]:
-        """l1: at checkpoints follow the sparsity of the best point; rows that became sparser restart, (B,) bool."""
+    def _adapt_sparsity(self, inputs: AttackInputs, state: APGDState, plan: _Plan) -> tuple[APGDState, Tensor]:
+        """l1: at checkpoints follow the sparsity of the highest point; rows that became sparser restart, (B,) bool."""
         if self.large_eps:
-            # Each radius is a search of its own, from where the one before has led.
+            # Each radius is a search of its own, which begins where the one before has ended.
             support = _support(state.point, inputs)
             state = replace(
                 state,
-                size=torch.where(plan.opening, 1, state.size),
+                step_size=torch.where(plan.opening, 1, state.step_size),
                 support=torch.where(plan.opening, support, state.support),
                 active=torch.where(plan.opening, _two_thirds(support), state.active),
             )
-        due = plan.interval > 0
-        support = _support(state.best, inputs)
+        checkpoint = plan.interval > 0
+        support = _support(state.highest_point, inputs)
         # Equal steps in two entries may keep two for ever where one is best: every other time, one moves alone.
         active = torch.where((support == 2) & (state.active == 2), 1, _two_thirds(support))
-        sparser = due & (support < _SPARSER * state.support)
-        size = torch.where(sparser, 1, (state.size / _SHORTER).clamp_min(_SHORTEST))
+        sparser = checkpoint & (support < _SPARSER * state.support)
+        size = torch.where(sparser, 1, (state.step_size / _SHORTER).clamp_min(_SHORTEST))
         state = replace(
             state,
-            size=torch.where(due, size, state.size),
-            support=torch.where(due, support, state.support),
-            active=torch.where(due, active, state.active),
+            step_size=torch.where(checkpoint, size, state.step_size),
+            support=torch.where(checkpoint, support, state.support),
+            active=torch.where(checkpoint, active, state.active),
         )
         return state, sparser
 
-    def _moved(self, inputs: AttackInputs, state: Ascent, plan: _Plan, origin: Tensor, gradient: Tensor) -> Tensor:
-        """The next point to ask about: a step from `origin`, (B, ...)."""
+    def _step(self, inputs: AttackInputs, state: APGDState, plan: _Plan, origin: Tensor, gradient: Tensor) -> Tensor:
+        """The next point, (B, ...): a step from `origin`, with momentum in linf and l2."""
         x, wide = inputs.x, inputs.eps.dtype
         base, here = x.to(wide), origin.to(wide)
-        stride = geometry.column(state.size * inputs.eps * plan.factor, x)
+        length = geometry.column(state.step_size * inputs.eps * plan.factor, x)
         if self.norm == "l1":
-            delta = (here - base) + stride * _sparse(gradient, state.active)
+            delta = (here - base) + length * _sparse(gradient, state.active)
             if self.large_eps:
-                delta = torch.where(geometry.column(plan.closing, x), state.best.to(wide) - base, delta)
+                delta = torch.where(geometry.column(plan.closing, x), state.highest_point.to(wide) - base, delta)
             return geometry.place(x, delta, inputs.eps * plan.next_factor, self.norm, self.box)
-        reached = state.moved(inputs, here, geometry.steepest(gradient, self.norm) * stride, self.norm, self.box)
-        # Nothing to repeat in the first step, which therefore goes all the way.
-        repeated = geometry.column(torch.where(plan.opening, 0, _MOMENTUM).to(wide), x)
-        move = torch.lerp(reached - here, here - state.previous.to(wide), repeated)
-        return state.moved(inputs, origin, move, self.norm, self.box)
+        stepped = state.projected(inputs, here, geometry.steepest(gradient, self.norm) * length, self.norm, self.box)
+        # The first step has no momentum.
+        momentum = geometry.column(torch.where(plan.opening, 0, _MOMENTUM).to(wide), x)
+        step = torch.lerp(stepped - here, here - state.origin.to(wide), momentum)
+        return state.projected(inputs, origin, step, self.norm, self.box)
 
 
 def _support(point: Tensor, inputs: AttackInputs) -> Tensor:
@@ -325,7 +318,7 @@ class _Plan:
 
 @cache
 def _plan(steps: int, l1: bool, large_eps: bool, device: torch.device) -> _Plan:
-    """The whole run, (rounds,) each. Kept, so that a step copies nothing to the device."""
+    """The plan of all iterations, (num_steps,) each; cached, so that a step copies nothing to the device."""
     factor, interval, opening = [], [], []
     for scale, length in stages(steps) if large_eps else [(1, steps)]:
         found = l1_checkpoints(length) if l1 else checkpoints(length)

@@ -1,23 +1,30 @@
-"""What every attack is: immutable hyper-parameters that craft when called."""
+"""What an attack is: hyper-parameters, and one algorithm as three functions of inputs and state.
+
+`init`, `update` and `result` treat every row by itself, as an optimiser's init and update treat parameters. They know
+nothing of restarts, of when a row is finished or of who checks its result. Two drivers know that: `drivers` runs a
+fixed number of steps, for training and for a call; `schedule` keeps an evaluation's batches full. The drivers ask an
+attack for nothing but these functions and the traits that its class declares.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
-from wideberth import checks, geometry, losses
+from wideberth import checks, geometry
 from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.checks import Box, InputError, Norm
-from wideberth.losses import Loss
 from wideberth.modes import Mode, lent
 from wideberth.randomness import Noise
 
 Keep: TypeAlias = Literal["last", "worst", "first_flip"]
+S = TypeVar("S", bound=AttackState, default=Any)
 
 
 @dataclass(frozen=True)
@@ -26,18 +33,18 @@ class Adversarial:
 
     Attributes:
         x: (B, ...) inside ball and box, dtype of the input, detached.
-        success: (B,) bool, whether `x` is misclassified (taken for the target, if one was given); None where the
-            returned point was not judged.
-        steps_survived: (B,) int64, how many iterates were classified correctly before the first flip.
+        success: (B,) bool, whether `x` is misclassified (predicted as the target, if one was given); None where the
+            returned point was not checked.
+        steps_survived: (B,) int64, points that were classified correctly before the first that was not.
         evaluations: (B,) int64, forwards plus backwards spent.
-        iterates: (B,) int64, how many there are to survive: the steps of all runs together.
+        num_iterates: (B,) int64, how many points there are to survive: the steps of all restarts together.
     """
 
     x: Tensor
     success: Tensor | None
     steps_survived: Tensor
     evaluations: Tensor
-    iterates: Tensor
+    num_iterates: Tensor
 
 
 def input_gradient(
@@ -88,18 +95,15 @@ def raw_gradient(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(ABC):
-    """Immutable hyper-parameters; calling it crafts. A new attack is one subclass with `num_steps`, `begin` and `step`.
-
-    A run is a state machine that each row goes through by itself: `begin` places it, `step` asks the model once about
-    every row and moves it. So rows at different stages, of different restarts and targets, can share a batch.
+class Attack(ABC, Generic[S]):
+    """An attack on norm balls; a new one is one subclass with `num_steps`, `init` and `update`.
 
     Attributes:
         norm: "linf", "l2" or "l1".
-        box: (low, high) that every input and every crafted point lies in.
-        restarts: how many runs from starts of their own; after the first, only rows that are still unbroken run again.
-        targets: aim at this many classes, the likeliest first, one run each; 0 aims at none in particular. What counts
-            is a misclassification, whatever the class.
+        box: (low, high) that every input and every adversarial point lies in.
+        restarts: how many runs from different starts; after the first, only rows without a success run again.
+        targets: aim at so many other classes, the likeliest first, once per restart; 0 aims at none. A
+            misclassification as any class is a success.
     """
 
     norm: Norm = "linf"
@@ -108,10 +112,13 @@ class Attack(ABC):
     targets: int = 0
 
     minimum_norm: ClassVar[bool] = False
-    """Whether a run looks for the smallest perturbation, and goes on after the first success."""
+    """Whether it looks for the smallest perturbation, and goes on after the first success."""
     needs_gradient: ClassVar[bool] = True
+    """Whether it differentiates the model."""
     norm_bounded: ClassVar[bool] = True
     """Whether eps is the radius of a ball of `norm` around the input; where not, the attack says what it is."""
+    ends_early: ClassVar[bool] = False
+    """Whether a row may be finished before `num_steps` updates; its `iteration` then stands at `num_steps`."""
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""
@@ -123,121 +130,28 @@ class Attack(ABC):
     @property
     @abstractmethod
     def num_steps(self) -> int:
-        """How many steps a run takes."""
+        """How many updates one restart takes."""
 
     @abstractmethod
-    def init(self, inputs: AttackInputs) -> AttackState:
-        """The state before the model was asked anything."""
+    def init(self, inputs: AttackInputs) -> S:
+        """The state before the first query of the model."""
 
     @abstractmethod
-    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
-        """Ask the model about `state.point`, take account of the answer, and choose the point to ask about next.
+    def update(self, model: nn.Module, inputs: AttackInputs, state: S) -> S:
+        """Query the model at `state.point`, record what it returns, and choose the next point.
 
-        Or several points of a row, where that finds the same for the same cost.
-
-        No host synchronisation and no data-dependent shapes. `loss` overrides the attack's own.
+        Row i of the result depends on row i of the arguments alone. On a GPU there is no host synchronisation and no
+        data-dependent shape.
         """
 
-    def fitted(self, rows: int, room: int) -> Attack:
-        """The same attack, as its next step is best done on so many rows where the model takes `room` points.
-
-        What it finds, and what counts as its cost, must not depend on that; the states of both are of one kind.
-        """
-        del rows, room
-        return self
-
-    def result(self, state: AttackState) -> Tensor:
-        """What an ended run offers to the judge, (B, ...): `kept`, or a point that was not asked about yet."""
-        return state.kept
-
-    # ---- runs: restarts and targets -----------------------------------------------------------------------------
-
-    def runs(self, classes: int) -> list[tuple[int, int]]:
-        """The runs that a sample is due, in order: (restart, which target), the latter -1 where none is aimed at."""
-        ranks = range(min(self.targets, classes - 1)) if self.targets else (-1,)
-        return [(restart, rank) for restart in range(self.restarts) for rank in ranks]
-
-    def prepared(self, inputs: AttackInputs, run: Tensor, likely: Tensor | None) -> AttackInputs:
-        """The problem as the rows' runs see it: with noise, and maybe a target, of their own.
-
-        Args:
-            inputs: the rows.
-            run: (B,) int64, which of `runs` each row is at.
-            likely: (B, K - 1) classes other than the label, the likeliest first; needed for `targets`.
-        """
-        noise = inputs.noise.then(run)
-        if not self.targets or inputs.target is not None or likely is None:
-            return replace(inputs, noise=noise)
-        runs = torch.tensor(self.runs(likely.shape[1] + 1), device=run.device)
-        aim = likely.gather(1, runs[run, 1:]).squeeze(1)
-        return replace(inputs, noise=noise, target=aim, strict=False)
-
-    def perturb(
-        self, model: nn.Module, inputs: AttackInputs, *, loss: Loss | None = None, judge: bool = True
-    ) -> Adversarial:
-        """The attack itself, on a model whose mode and gradient flags are as they should be.
-
-        With one run and `judge=False` there is a fixed number of steps, no host synchronisation and no data-dependent
-        shape: this is what training calls. `loss` overrides the attack's own (an objective may ask for the loss it
-        pays); it is tied to its batch (TRADES' clean logits), so with it all rows run again.
-        """
-        likely, runs = None, self.restarts
-        if self.targets and inputs.target is None:
-            with torch.no_grad():
-                likely = losses.likeliest(model(inputs.x), inputs.y)
-            runs = len(self.runs(likely.shape[1] + 1))
-        found: AttackState | None = None
-        for run in range(runs):
-            left = torch.arange(len(inputs.y), device=inputs.y.device)
-            if found is not None and not self.minimum_norm and loss is None:
-                left = (~found.broken).nonzero().squeeze(1)
-            if not len(left):
-                break
-            part = inputs.rows(left)
-            if runs > 1 or likely is not None:
-                part = self.prepared(part, torch.full_like(left, run), None if likely is None else likely[left])
-            again = self.run(model, part, loss=loss, judge=judge or runs > 1)
-            found = again if found is None else self._merged(found, again, left)
-        assert found is not None
-        judged = judge or runs > 1 or self.judges
-        success = found.broken if judged else None
-        spent = found.spent + (likely is not None)
-        iterates = torch.full_like(found.steps_survived, runs * self.num_steps)
-        return Adversarial(found.kept.detach(), success, found.steps_survived, spent, iterates)
+    def result(self, state: S) -> Tensor:
+        """The point that the attack returns from this state, (B, ...)."""
+        return state.best
 
     @property
-    def judges(self) -> bool:
-        """Whether a run tells success without being asked, because it needs to know itself."""
+    def knows_success(self) -> bool:
+        """Whether the last state tells which rows are a success, without a further forward."""
         return True
-
-    def run(
-        self, model: nn.Module, inputs: AttackInputs, *, loss: Loss | None = None, judge: bool = True
-    ) -> AttackState:
-        """One run of all rows, to its end."""
-        del judge
-        state = self.init(inputs)
-        for _ in range(self.num_steps):
-            state = self.step(model, inputs, state, loss)
-        return state
-
-    def _merged(self, found: AttackState, again: AttackState, left: Tensor) -> AttackState:
-        """What is known after the rows `left` ran once more: the better of the two, and the cost of both."""
-        before = found.rows(left)
-        new = (again.broken & ~before.broken) | ((again.broken == before.broken) & self.improves(before, again))
-        merged = found
-        for name in ("point", "kept", "value", "broken"):
-            part = getattr(again, name)
-            chosen = torch.where(geometry.column(new, part), part, getattr(before, name))
-            merged = replace(merged, **{name: getattr(merged, name).index_copy(0, left, chosen)})
-        return replace(
-            merged,
-            steps_survived=found.steps_survived.index_add(0, left, again.steps_survived),
-            spent=found.spent.index_add(0, left, again.spent),
-        )
-
-    def improves(self, before: AttackState, again: AttackState) -> Tensor:
-        """Of two runs that both succeeded or both failed, whether the later is to be returned, (B,) bool."""
-        return again.value > before.value if self.minimum_norm else torch.zeros_like(again.broken)
 
     def __call__(
         self,
@@ -249,27 +163,29 @@ class Attack(ABC):
         index: Tensor | None = None,
         target: Tensor | None = None,
         seed: int = 0,
-        judge: bool = True,
+        check_success: bool = True,
         mode: Mode = "eval",
     ) -> Adversarial:
-        """Craft the worst points found within `eps` of `x`.
+        """Perturb a batch: find the worst point within `eps` of each row of `x`.
 
         Args:
             model: maps (B, ...) to logits (B, K >= 2). Its flags, gradients, buffers and the global random state are
                 left as they were, except that layers attacked in train mode update statistics and draw dropout.
             x: (B, ...) floating point in the box.
-            y: (B,) integer labels.
+            y: (B,) int64 labels.
             eps: one radius, or (B,) radii; a row with radius 0 comes back bit for bit.
             index: (B,) int64 that names each row's random stream (default: its position), so that a sample meets the
                 same noise in every batch.
-            target: (B,) classes to be taken for, or None to be misclassified as anything.
+            target: (B,) int64 classes to be predicted, or None for any misclassification.
             seed: of all randomness.
-            judge: spend one more forward to tell whether the returned points succeed.
-            mode: "eval", "train" or "keep".
+            check_success: spend one more forward, where needed, to tell whether the returned points are a success.
+            mode: of the model during the attack: "eval", "train" or "keep".
 
         Raises:
             InputError: for eps, inputs, labels or logits that cannot be used.
         """
+        from wideberth.attacks.drivers import perturb_batch  # a driver knows attacks, and not the other way round
+
         checks.valid_inputs(x, self.box)
         checks.valid_eps(eps, len(x))
         x = x.detach()
@@ -281,6 +197,64 @@ class Attack(ABC):
         if target is not None:
             checks.valid_labels(target, len(x), logits.shape[1])
         with lent(model, mode):
-            where = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
-            inputs = AttackInputs(x, y, geometry.per_sample(eps, x), Noise(where, seed), target)
-            return self.perturb(model, inputs, judge=judge)
+            names = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
+            inputs = AttackInputs(x, y, geometry.per_sample(eps, x), Noise(names, seed), target)
+            return perturb_batch(self, model, inputs, check_success=check_success)
+
+
+class Query(NamedTuple):
+    """What the model returned at a point.
+
+    Attributes:
+        logits: (B, K).
+        loss: (B,).
+        gradient: (B, ...) of the loss, raw: it may hold NaN, and its memory may be the model's own. Empty where none
+            was asked for.
+        cost: forwards plus backwards.
+    """
+
+    logits: Tensor
+    loss: Tensor
+    gradient: Tensor
+    cost: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedAttack(Attack[S]):
+    """An attack whose update has three parts: query the model, record what it returned, move on.
+
+    Where no move depends on what was recorded, a driver may leave the record to the end. The last move is not followed
+    by a query: whether the point it leads to is a success takes one more forward, which is optional.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a subclass that replaces `update`, since a driver may call its parts instead."""
+        super().__init_subclass__(**options)
+        if "update" in vars(cls):
+            raise TypeError(f"{cls.__name__}.update: override query, record or move, or subclass Attack")
+
+    @abstractmethod
+    def query(self, model: nn.Module, inputs: AttackInputs, state: S) -> Query:
+        """Logits, loss and gradient at `state.point`."""
+
+    @abstractmethod
+    def check(self, model: nn.Module, inputs: AttackInputs, state: S) -> Query:
+        """Logits and loss at `state.point`, without a gradient."""
+
+    @abstractmethod
+    def record(self, inputs: AttackInputs, state: S, query: Query) -> S:
+        """The state with this query counted and its point compared with the best so far."""
+
+    @abstractmethod
+    def move(self, inputs: AttackInputs, state: S, query: Query) -> S:
+        """The state with the next point; `state.iteration` is one higher than at the query."""
+
+    @final
+    def update(self, model: nn.Module, inputs: AttackInputs, state: S) -> S:
+        """Query, record, move."""
+        query = self.query(model, inputs, state)
+        return self.move(inputs, self.record(inputs, state, query), query)
+
+    def result(self, state: S) -> Tensor:
+        """The best point where that is a success, else the point that the last move led to."""
+        return geometry.choose(state.adversarial, state.best, state.point)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -12,19 +11,19 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, input_gradient
-from wideberth.attacks.minimum_norm import farthest, nearer, one_run
+from wideberth.attacks.minimum_norm import largest_distance, record_closer, refuse_restarts
 from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
 
 _INSIDE = 0.99
-"""Of the way from the middle of the box to a face is as far as tanh space is used: beyond, Adam hardly moves points."""
+"""Largest |tanh(w)|: closer to 1, where its derivative vanishes, Adam hardly moves points."""
 _PROGRESS = 0.9999
-"""A search whose objective has not come below so much of what it was makes no progress."""
-_MEMORY = (0.9, 0.999)
-"""Of Adam's two running means."""
+"""A search whose objective is above this factor of its last value makes no progress."""
+_BETAS = (0.9, 0.999)
+"""Decay of Adam's two running means."""
 _RAISE = 10.0
-"""How c grows until it succeeds."""
+"""Factor by which c grows until a search succeeds."""
 _LARGEST = 20.0
 """linf: where c stops growing."""
 _SHRINK = 0.9
@@ -34,22 +33,22 @@ _CLOSE = 0.01
 
 
 @dataclass(frozen=True)
-class Search(AttackState):
-    """Where a row stands in its searches.
+class CarliniWagnerState(AttackState):
+    """The state of a row's searches: one search is a run of Adam at fixed c and tau.
 
     Attributes:
         w: (B, ...) the point in tanh space.
         mean: (B, ...) Adam's running mean of the gradient.
         square: (B, ...) Adam's running mean of its square.
-        c: (B,) how much success counts against distance.
-        tau: (B,) how far an entry may go at no cost; linf only.
+        c: (B,) weight of the misclassification term against the distance.
+        tau: (B,) largest entry of a perturbation that costs nothing; linf only.
         lower: (B,) the largest c (linf: tau) that has failed.
         upper: (B,) the smallest c that has succeeded.
         searches: (B,) int64, how many have ended.
-        taken: (B,) int64, steps in this one.
-        cuts: (B,) int64, of the learning rate in this one.
-        reached: (B,) bool, whether this one has succeeded since progress was last looked at.
-        before: (B,) the objective then.
+        step: (B,) int64, steps taken in this search.
+        cuts: (B,) int64, cuts of the learning rate in this search.
+        succeeded: (B,) bool, whether this search had a success since its last check of progress.
+        last_objective: (B,) the objective at that check.
     """
 
     w: Tensor
@@ -60,34 +59,34 @@ class Search(AttackState):
     lower: Tensor
     upper: Tensor
     searches: Tensor
-    taken: Tensor
+    step: Tensor
     cuts: Tensor
-    reached: Tensor
-    before: Tensor
+    succeeded: Tensor
+    last_objective: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class CarliniWagner(Attack):
+class CarliniWagner(Attack[CarliniWagnerState]):
     """Adam on distance + c * hinge of the margin, in the tanh space of the box (Carlini and Wagner, S&P 2017).
 
-    l2: the distance is squared; c grows tenfold until a search succeeds, then the two sides are bisected. linf: the
-    distance is what the entries exceed tau by, in total; c grows until a search succeeds, then tau shrinks. The
-    searches of a row depend on that row alone. Each point asked about costs a forward and a backward; a row that is
-    done counts as at its last iteration, so that a schedule lets it go.
+    l2: the distance is squared; c grows tenfold until a search succeeds, then it is bisected. linf: the distance is the
+    sum of what the entries exceed tau by; c grows until a search succeeds, then tau shrinks. The searches of a row
+    depend on that row alone. Each query costs a forward and a backward; a row that is finished stands at its last
+    iteration (`ends_early`).
 
     What we do differently:
 
     - A search that makes no progress over a tenth of its steps goes on with a tenth of its learning rate, `cuts` times,
-      before it is given up; at a fixed rate Adam keeps crossing the boundary. `cuts=0` is the authors' early abort, row
-      by row: at worst 1.4 % too far on the linear models we tried, against 0.03 % with `cuts=2`, which takes some 2.5
-      times the points. On small trained nets the medians of all differ by less than 0.1 %.
-    - A search succeeds where its last tenth does: Adam's first strides cross boundaries that its c would not hold at,
-      and the bisection would then stay below the smallest c that works (25 % too far where a stride is longer than
-      the distance).
-    - 1,000 steps a search, not 10,000. No confidence: it is the boundary that is looked for.
-    - linf: points are clipped to tau before the model is asked about them; the entries waver around tau, and would
-      nearly always exceed it. c grows by ten, not two. A tau that fails is not the end: the next lies half-way to the
-      distance reached, until the two are within 1 %.
+      before it ends; at a fixed rate Adam keeps crossing the boundary. `cuts=0` is the authors' early abort, row by
+      row: at worst 1.4 % too far on the linear models we tried, against 0.03 % with `cuts=2`, which takes some 2.5
+      times the queries. On small trained nets the medians of all differ by less than 0.1 %.
+    - A search succeeds where its last tenth does: Adam's first steps cross boundaries that its c would not hold at, and
+      the bisection would then stay below the smallest c that works (25 % too far where a step is longer than the
+      distance).
+    - 1,000 steps a search, not 10,000. No confidence parameter, since the boundary itself is sought.
+    - linf: points are clipped to tau before the query; the entries oscillate around tau, and would nearly always exceed
+      it. c grows by ten, not two. A tau that fails does not end the row: the next lies half-way to the distance
+      reached, until the two are within 1 %.
 
     Attributes:
         norm: "l2" or "linf".
@@ -96,7 +95,7 @@ class CarliniWagner(Attack):
         search_steps: l2: how many searches. In both norms, a row takes at most `search_steps * steps` steps.
         learning_rate: Adam's, in tanh space: there the box is some 4 wide.
         initial_c: the first c.
-        cuts: of the learning rate, before a search that makes no progress is given up.
+        cuts: of the learning rate, before a search that makes no progress ends.
         loss: (logits, y) -> (B,); has to be zero on the boundary, and positive beyond it.
     """
 
@@ -109,6 +108,7 @@ class CarliniWagner(Attack):
     loss: Loss = losses.margin_loss
 
     minimum_norm: ClassVar[bool] = True
+    ends_early: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense (`InputError`)."""
@@ -121,89 +121,68 @@ class CarliniWagner(Attack):
         checks.at_least("cuts", self.cuts, 0)
         if not all(map(math.isfinite, self.box)):
             raise InputError(f"box={self.box}: must be finite, tanh space lies between its faces")
-        one_run(type(self).__name__, self.restarts)
+        refuse_restarts(type(self).__name__, self.restarts)
 
     @property
     def num_steps(self) -> int:
         """At most."""
         return self.search_steps * self.steps
 
-    def init(self, inputs: AttackInputs) -> Search:
-        """Begin at the inputs."""
+    def init(self, inputs: AttackInputs) -> CarliniWagnerState:
+        """At the clean input."""
         w, zero = self.hidden(inputs.x, inputs.x), torch.zeros_like(inputs.eps)
         none, infinite = torch.zeros_like(inputs.y, dtype=torch.int64), torch.full_like(zero, float("inf"))
-        return Search.at(
+        return CarliniWagnerState.initial(
             inputs,
             inputs.x,
             w=w,
             mean=torch.zeros_like(w),
             square=torch.zeros_like(w),
             c=torch.full_like(zero, self.initial_c),
-            tau=farthest(inputs, self.norm, self.box),
+            tau=largest_distance(inputs, self.norm, self.box),
             lower=zero,
             upper=infinite,
             searches=none,
-            taken=none,
+            step=none,
             cuts=none,
-            reached=none.bool(),
-            before=infinite,
+            succeeded=none.bool(),
+            last_objective=infinite,
         )
 
-    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> Search:
-        """One forward and one input gradient at `state.point`, then a step of Adam, or on to the next search."""
-        assert isinstance(state, Search)
-        ascended = inputs.loss(self.loss if loss is None else loss)
-        logits, value, gradient = input_gradient(model, state.point, ascended)
+    def update(self, model: nn.Module, inputs: AttackInputs, state: CarliniWagnerState) -> CarliniWagnerState:
+        """One forward and one input gradient at `state.point`; then a step of Adam, and maybe the next search."""
+        logits, loss, gradient = input_gradient(model, state.point, inputs.attack_loss(self.loss))
         distance = geometry.norm((state.point - inputs.x).to(state.w.dtype), self.norm)
-        now = inputs.goal_reached(logits)
-        done = state.iteration >= self.num_steps
-        state = nearer(inputs, state, now, distance, cost=2)
-        # In linf, points within tau are all there are, and success at once asks for less.
-        state = replace(state, reached=state.reached | now)
-        paid, pull = self.penalty(self.perturbation(inputs.x, state.w), state.tau)
-        # An objective of zero has nothing to gain, and is stuck; but 0 > share * 0 would not say so.
-        objective = (paid + state.c * (-value).clamp_min(0)).clamp_min(torch.finfo(paid.dtype).tiny)
-        look = state.taken % max(1, self.steps // 10) == 0
-        stuck = look & (objective > _PROGRESS * state.before)
-        state = replace(
-            state, before=torch.where(look, objective.to(state.before.dtype), state.before), cuts=state.cuts + stuck
-        )
-        state = self.adam(state, pull - geometry.column(state.c * (value < 0), pull) * gradient)
-        over = (state.cuts > self.cuts) | (state.taken >= self.steps)
+        success = inputs.goal_reached(logits)
+        finished = state.iteration >= self.num_steps
+        state = record_closer(inputs, state, success, distance, cost=2)
+        state = replace(state, succeeded=state.succeeded | success)
+        cost, cost_gradient = self.penalty(self.perturbation(inputs.x, state.w), state.tau)
+        # An objective of zero cannot improve, and counts as no progress; but 0 > factor * 0 would not say so.
+        objective = (cost + state.c * (-loss).clamp_min(0)).clamp_min(torch.finfo(cost.dtype).tiny)
+        check = state.step % max(1, self.steps // 10) == 0
+        stuck = check & (objective > _PROGRESS * state.last_objective)
+        last = torch.where(check, objective.to(state.last_objective.dtype), state.last_objective)
+        state = replace(state, last_objective=last, cuts=state.cuts + stuck)
+        hinge_gradient = geometry.column(state.c * (loss < 0), cost_gradient) * gradient
+        state = self.adam(state, cost_gradient - hinge_gradient)
+        over = (state.cuts > self.cuts) | (state.step >= self.steps)
         if self.norm == "linf":
-            over = over | now
+            # All points are within tau, so that a success ends the search, and the next has a smaller tau.
+            over = over | success
         state = self.next_tau(inputs, state, over) if self.norm == "linf" else self.next_c(inputs, state, over)
-        done = done | (state.searches >= self.search_steps)
+        finished = finished | (state.searches >= self.search_steps)
         return replace(
             state,
             point=self.point(inputs, state),
-            reached=state.reached & ~look,
-            iteration=state.iteration.masked_fill(done, self.num_steps),
+            succeeded=state.succeeded & ~check,
+            iteration=state.iteration.masked_fill(finished, self.num_steps),
         )
 
     def _off(self, dtype: torch.dtype) -> float:
-        """How far tanh space and back may lead by rounding."""
+        """The rounding error of going to tanh space and back."""
         low, high = self.box
         return 4 * torch.finfo(dtype).eps * (high - low + max(abs(low), abs(high)))
-
-    def run(
-        self, model: nn.Module, inputs: AttackInputs, *, loss: Loss | None = None, judge: bool = True
-    ) -> AttackState:
-        """One run of all rows; those that are done leave, unless a `loss` is tied to the batch."""
-        del judge
-        state, left = self.init(inputs), torch.arange(len(inputs.y), device=inputs.y.device)
-        ended, order = [state.rows(left[:0])], [left[:0]]
-        for _ in range(self.num_steps):
-            state = self.step(model, inputs, state, loss)
-            over = state.iteration >= self.num_steps
-            if loss is None and bool(over.any()):
-                ended.append(state.rows(over))
-                order.append(left[over])
-                state, inputs, left = state.rows(~over), inputs.rows(~over), left[~over]
-                if not len(left):
-                    break
-        whole = reduce(Search.joined, [*ended, state])
-        return whole.rows(torch.cat([*order, left]).argsort())
 
     # ---- tanh space ---------------------------------------------------------------------------------------------
 
@@ -220,14 +199,14 @@ class CarliniWagner(Attack):
         return torch.atanh((origin + (point.to(wide) - x) / reach).clamp(-_INSIDE, _INSIDE))
 
     def perturbation(self, x: Tensor, w: Tensor) -> Tensor:
-        """What leads from the input to the point of `w`, dtype of `w`; it may lead out of the box by a little."""
+        """The point of `w` minus the input, dtype of `w`; it may leave the box by a little."""
         middle, reach = self._centre
         delta = reach * torch.tanh(w) - _INSIDE * (x.to(w.dtype) - middle)
-        # Adam takes a stride by a gradient however small: rounding, which differs from batch to batch, must be none.
+        # Adam's step does not depend on the gradient's size: rounding, which differs from batch to batch, must be zero.
         return torch.where(delta.abs() > self._off(w.dtype), delta, 0)
 
-    def point(self, inputs: AttackInputs, state: Search) -> Tensor:
-        """What the model is asked about, dtype of x."""
+    def point(self, inputs: AttackInputs, state: CarliniWagnerState) -> Tensor:
+        """The next query, (B, ...), dtype of x."""
         delta = self.perturbation(inputs.x, state.w)
         radius = state.tau if self.norm == "linf" else torch.full_like(state.tau, float("inf"))
         return geometry.place(inputs.x, delta, radius, self.norm, self.box)
@@ -235,52 +214,52 @@ class CarliniWagner(Attack):
     # ---- one search ---------------------------------------------------------------------------------------------
 
     def penalty(self, delta: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """What a perturbation costs, (B,), and the gradient of that, (B, ...)."""
+        """The distance term of a perturbation, (B,), and its gradient, (B, ...)."""
         if self.norm == "l2":
             return delta.flatten(1).square().sum(1), 2 * delta
         excess = delta.abs() - geometry.column(tau, delta)
         return excess.clamp_min(0).flatten(1).sum(1), torch.where(excess > 0, delta.sign(), 0)
 
-    def adam(self, state: Search, gradient: Tensor) -> Search:
+    def adam(self, state: CarliniWagnerState, gradient: Tensor) -> CarliniWagnerState:
         """One step of Adam (Kingma and Ba 2015) against a gradient with respect to the point, row by row."""
         _, reach = self._centre
         gradient = gradient * reach * (1 - torch.tanh(state.w).square())
-        mean = _MEMORY[0] * state.mean + (1 - _MEMORY[0]) * gradient
-        square = _MEMORY[1] * state.square + (1 - _MEMORY[1]) * gradient.square()
-        taken = state.taken + 1
-        first, second = (geometry.column(1 - memory ** taken.to(mean.dtype), mean) for memory in _MEMORY)
+        mean = _BETAS[0] * state.mean + (1 - _BETAS[0]) * gradient
+        square = _BETAS[1] * state.square + (1 - _BETAS[1]) * gradient.square()
+        step = state.step + 1
+        first, second = (geometry.column(1 - beta ** step.to(mean.dtype), mean) for beta in _BETAS)
         # A gradient that overflows has no step, rather than a NaN for one.
-        stride = ((mean / first) / ((square / second).sqrt() + 1e-8)).nan_to_num(0, 0, 0)
+        direction = ((mean / first) / ((square / second).sqrt() + 1e-8)).nan_to_num(0, 0, 0)
         rate = geometry.column(self.learning_rate * 0.1 ** state.cuts.to(mean.dtype), mean)
-        return replace(state, w=state.w - rate * stride, mean=mean, square=square, taken=taken)
+        return replace(state, w=state.w - rate * direction, mean=mean, square=square, step=step)
 
     # ---- from search to search ----------------------------------------------------------------------------------
 
-    def next_c(self, inputs: AttackInputs, state: Search, over: Tensor) -> Search:
+    def next_c(self, inputs: AttackInputs, state: CarliniWagnerState, over: Tensor) -> CarliniWagnerState:
         """l2, where a search is over: bisect c, or raise it where none has succeeded yet, and begin at the input."""
-        upper = torch.where(over & state.reached, torch.minimum(state.upper, state.c), state.upper)
-        lower = torch.where(over & ~state.reached, torch.maximum(state.lower, state.c), state.lower)
+        upper = torch.where(over & state.succeeded, torch.minimum(state.upper, state.c), state.upper)
+        lower = torch.where(over & ~state.succeeded, torch.maximum(state.lower, state.c), state.lower)
         c = torch.where(torch.isfinite(upper), (lower + upper) / 2, _RAISE * state.c)
         state = replace(
             state, upper=upper, lower=lower, c=torch.where(over, c, state.c), searches=state.searches + over
         )
-        return self.anew(state, over, self.hidden(inputs.x, inputs.x))
+        return self.next_search(state, over, self.hidden(inputs.x, inputs.x))
 
-    def next_tau(self, inputs: AttackInputs, state: Search, over: Tensor) -> Search:
-        """linf, where a search is over: raise c at the same tau, or ask for another tau from the best point so far."""
-        best = -state.value
-        weak = over & ~state.reached & (state.c < _LARGEST)
-        lower = torch.where(over & ~state.reached & ~weak, state.tau, state.lower)
+    def next_tau(self, inputs: AttackInputs, state: CarliniWagnerState, over: Tensor) -> CarliniWagnerState:
+        """linf, where a search is over: raise c at the same tau, or choose another tau, from the best point so far."""
+        best = -state.best_loss
+        weak = over & ~state.succeeded & (state.c < _LARGEST)
+        lower = torch.where(over & ~state.succeeded & ~weak, state.tau, state.lower)
         other = over & ~weak
-        tau = torch.where(other & state.broken, torch.maximum(_SHRINK * best, (lower + best) / 2), state.tau)
-        # Where all of box and radius has failed, nothing is left to ask for either.
-        ended = other & (~state.broken | (best - lower <= _CLOSE * best))
+        tau = torch.where(other & state.adversarial, torch.maximum(_SHRINK * best, (lower + best) / 2), state.tau)
+        # Where even the largest tau has failed, no other is tried.
+        ended = other & (~state.adversarial | (best - lower <= _CLOSE * best))
         c = torch.where(weak, (_RAISE * state.c).clamp_max(_LARGEST), state.c)
         searches = torch.where(ended, self.search_steps, state.searches)
-        begun = torch.where(geometry.column(other & state.broken, state.w), self.hidden(inputs.x, state.kept), state.w)
-        return self.anew(replace(state, tau=tau, lower=lower, c=c, searches=searches), over, begun)
+        w = torch.where(geometry.column(other & state.adversarial, state.w), self.hidden(inputs.x, state.best), state.w)
+        return self.next_search(replace(state, tau=tau, lower=lower, c=c, searches=searches), over, w)
 
-    def anew(self, state: Search, over: Tensor, w: Tensor) -> Search:
+    def next_search(self, state: CarliniWagnerState, over: Tensor, w: Tensor) -> CarliniWagnerState:
         """The state with a new search from `w` (B, ...) where one is over."""
         at = geometry.column(over, w)
         return replace(
@@ -288,8 +267,8 @@ class CarliniWagner(Attack):
             w=torch.where(at, w, state.w),
             mean=state.mean.masked_fill(at, 0),
             square=state.square.masked_fill(at, 0),
-            taken=state.taken.masked_fill(over, 0),
+            step=state.step.masked_fill(over, 0),
             cuts=state.cuts.masked_fill(over, 0),
-            reached=state.reached & ~over,
-            before=state.before.masked_fill(over, float("inf")),
+            succeeded=state.succeeded & ~over,
+            last_objective=state.last_objective.masked_fill(over, float("inf")),
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, input_gradient
-from wideberth.attacks.minimum_norm import farthest, half_cosine, nearer, one_run
+from wideberth.attacks.minimum_norm import half_cosine, largest_distance, record_closer, refuse_restarts
 from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
@@ -25,41 +25,41 @@ _TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class Descent(AttackState):
-    """Where a descent stands.
+class DescentState(AttackState):
+    """The state of DDN and FMN.
 
     Attributes:
         radius: (B,) of the ball that `point` was placed in.
-        spare: (B, ...) a random direction of unit length, taken where there is no gradient to follow.
+        fallback: (B, ...) a random direction of unit length, taken where the gradient is zero.
     """
 
     radius: Tensor
-    spare: Tensor
+    fallback: Tensor
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the model said of `state.point`.
+class Measured:
+    """What a query at `state.point` measured.
 
     Attributes:
-        now: (B,) bool, whether the point achieves the goal.
+        success: (B,) bool, whether the point reaches the goal.
         distance: (B,) of the point.
-        value: (B,) the loss there.
+        loss: (B,) there.
         gradient: (B, ...) of the loss.
     """
 
-    now: Tensor
+    success: Tensor
     distance: Tensor
-    value: Tensor
+    loss: Tensor
     gradient: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class RadiusDescent(Attack):
-    """Steps up the loss, each followed by a return to a ball that shrinks after a success and grows after a failure.
+class RadiusDescent(Attack[DescentState]):
+    """Steps along the gradient, each projected onto a ball that shrinks after a success and grows after a failure.
 
     Attributes:
-        steps: how many points are asked about, the input among them; each costs a forward and a backward.
+        steps: how many points are queried, the clean input among them; each costs a forward and a backward.
         step_size: l2 length of the first step, in units of the input; it falls to a hundredth along half a cosine.
         gamma: relative change of the radius from step to step, in (0, 1).
         loss: what is ascended.
@@ -79,33 +79,31 @@ class RadiusDescent(Attack):
         checks.at_least("step_size", self.step_size, 0)
         checks.at_least("gamma", self.gamma, 0)
         checks.at_least("1 - gamma", 1 - self.gamma, 0)
-        one_run(type(self).__name__, self.restarts)
+        refuse_restarts(type(self).__name__, self.restarts)
 
     @property
     def num_steps(self) -> int:
-        """As many as there are steps."""
+        """One query for each."""
         return self.steps
 
-    def init(self, inputs: AttackInputs) -> Descent:
-        """Begin at the inputs."""
+    def init(self, inputs: AttackInputs) -> DescentState:
+        """At the clean input."""
         draw = inputs.noise.fold("spare direction").normal(inputs.x.shape[1:], inputs.eps.dtype)
         radius = torch.full_like(inputs.eps, self.first_radius)
-        return Descent.at(inputs, inputs.x, radius=radius, spare=geometry.steepest(draw, "l2"))
+        return DescentState.initial(inputs, inputs.x, radius=radius, fallback=geometry.steepest(draw, "l2"))
 
-    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> Descent:
-        """One forward and one input gradient at `state.point`, then one step uphill and back to the new ball."""
-        assert isinstance(state, Descent)
-        ascended = inputs.loss(self.loss if loss is None else loss)
-        logits, value, gradient = input_gradient(model, state.point, ascended)
+    def update(self, model: nn.Module, inputs: AttackInputs, state: DescentState) -> DescentState:
+        """One forward and one input gradient at `state.point`, then one step, projected onto the new ball."""
+        logits, loss, gradient = input_gradient(model, state.point, inputs.attack_loss(self.loss))
         delta, gradient = (part.to(inputs.eps.dtype) for part in (state.point - inputs.x, gradient))
-        seen = Seen(inputs.goal_reached(logits), geometry.norm(delta, self.norm), value, gradient)
+        measured = Measured(inputs.goal_reached(logits), geometry.norm(delta, self.norm), loss, gradient)
         size = half_cosine(state.iteration, self.steps, self.step_size, _LAST * self.step_size)
         gamma = self.change(state.iteration)
-        state = nearer(inputs, state, seen.now, seen.distance, cost=2)
+        state = record_closer(inputs, state, measured.success, measured.distance, cost=2)
         # `fmin`: a NaN, of a model that overflows, is no radius.
-        radius = torch.fmin(self.next_radius(state, seen, gamma), farthest(inputs, self.norm, self.box))
+        radius = torch.fmin(self.next_radius(state, measured, gamma), largest_distance(inputs, self.norm, self.box))
         flat = geometry.column(geometry.norm(gradient, "linf") == 0, gradient)
-        direction = torch.where(flat, state.spare, geometry.steepest(gradient, "l2"))
+        direction = torch.where(flat, state.fallback, geometry.steepest(gradient, "l2"))
         delta = delta + geometry.column(size, delta) * direction
         if self.norm == "l2":
             # Into the box first: the ball only shortens what is left, while a clamp after it would shorten it again.
@@ -115,27 +113,27 @@ class RadiusDescent(Attack):
     @property
     @abstractmethod
     def first_radius(self) -> float:
-        """Before the model was asked anything."""
+        """The radius before the first query."""
 
     @abstractmethod
     def change(self, iteration: Tensor) -> Tensor:
         """The relative change of the radius at each row's iteration, (B,)."""
 
     @abstractmethod
-    def next_radius(self, state: Descent, seen: Seen, gamma: Tensor) -> Tensor:
-        """The radii that follow from what was seen, (B,); `state` knows of it already."""
+    def next_radius(self, state: DescentState, measured: Measured, gamma: Tensor) -> Tensor:
+        """The next radii, (B,); `state` has recorded the query already."""
 
     def placed(self, inputs: AttackInputs, delta: Tensor, radius: Tensor) -> Tensor:
-        """The point that a perturbation leads to, within ball and box."""
+        """The point x + delta, projected onto ball and box."""
         return geometry.place(inputs.x, delta, radius, self.norm, self.box)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DDN(RadiusDescent):
-    """Decoupled direction and norm (Rony et al., CVPR 2019): the gradient turns the perturbation, successes shorten it.
+    """Decoupled direction and norm (DDN; Rony et al., CVPR 2019): direction by the gradient, length by success.
 
-    After each step the perturbation is given the length that is due, 1 - gamma of the last where that succeeded and
-    1 + gamma where it failed. l2 only. Each point costs a forward and a backward.
+    After each step the perturbation is scaled to 1 - gamma of the last length where that was a success, and to
+    1 + gamma of it where it was not. l2 only. Each point costs a forward and a backward.
 
     What we do differently: points are not rounded to 256 levels unless `levels` says so, since distances to the
     boundary are otherwise not comparable; radii never exceed the `eps` of the inputs, where there is one; where the
@@ -167,19 +165,19 @@ class DDN(RadiusDescent):
 
     @property
     def first_radius(self) -> float:
-        """As given."""
+        """`init_eps`."""
         return self.init_eps
 
     def change(self, iteration: Tensor) -> Tensor:
         """Always gamma."""
         return torch.full_like(iteration, self.gamma, dtype=torch.float64)
 
-    def next_radius(self, state: Descent, seen: Seen, gamma: Tensor) -> Tensor:
+    def next_radius(self, state: DescentState, measured: Measured, gamma: Tensor) -> Tensor:
         """Shorter after a success, longer after a failure."""
-        return state.radius * torch.where(seen.now, 1 - gamma, 1 + gamma).to(state.radius.dtype)
+        return state.radius * torch.where(measured.success, 1 - gamma, 1 + gamma).to(state.radius.dtype)
 
     def placed(self, inputs: AttackInputs, delta: Tensor, radius: Tensor) -> Tensor:
-        """The perturbation is brought to the length of the radius, be it shorter or longer."""
+        """The perturbation scaled to the length of the radius."""
         delta = geometry.steepest(delta, "l2") * geometry.column(radius, delta)
         point = super().placed(inputs, delta, radius)
         if self.levels is None:
@@ -193,9 +191,10 @@ class DDN(RadiusDescent):
 class FMN(RadiusDescent):
     """Fast minimum norm (Pintor et al., NeurIPS 2021) in linf, l2 and l1, by the authors' schedule.
 
-    The radius is a first-order estimate of the distance to the boundary until there is a success; from then on it
-    follows the boundary, 1 - gamma after a success (and never beyond the best), 1 + gamma after a failure; gamma falls
-    to 0.001. Steps are of the l2-normalised gradient in every norm. Each point costs a forward and a backward.
+    The radius is a first-order estimate of the distance to the boundary until the first success. From then on it is
+    multiplied by 1 - gamma after a success (and is never larger than the best distance) and by 1 + gamma after a
+    failure; gamma falls to 0.001. Steps are of the l2-normalised gradient in every norm. Each point costs a forward and
+    a backward.
 
     What we do differently: the estimate is lengthened by gamma, for where the model is linear it is exact, and rounding
     then decides that no step ever succeeds; the l1 ball is intersected with the box in one exact projection; radii
@@ -210,18 +209,18 @@ class FMN(RadiusDescent):
 
     @property
     def first_radius(self) -> float:
-        """Nothing yet."""
+        """Zero: the first query is at the input."""
         return 0.0
 
     def change(self, iteration: Tensor) -> Tensor:
         """From gamma to 0.001 along half a cosine."""
         return half_cosine(iteration, self.steps, self.gamma, _LAST_GAMMA)
 
-    def next_radius(self, state: Descent, seen: Seen, gamma: Tensor) -> Tensor:
+    def next_radius(self, state: DescentState, measured: Measured, gamma: Tensor) -> Tensor:
         """Shorter after a success, longer after a failure, estimated before the first success."""
-        slope = geometry.norm(seen.gradient, geometry.dual(self.norm)).clamp_min(_TINY)
-        estimate = torch.maximum(seen.distance, state.radius) + seen.value.abs() / slope
-        best = -state.value
+        slope = geometry.norm(measured.gradient, geometry.dual(self.norm)).clamp_min(_TINY)
+        estimate = torch.maximum(measured.distance, state.radius) + measured.loss.abs() / slope
+        best = -state.best_loss
         shorter = torch.minimum(state.radius * (1 - gamma), best)
-        longer = torch.where(state.broken, state.radius, estimate) * (1 + gamma)
-        return torch.where(seen.now, shorter, longer).to(state.radius.dtype)
+        longer = torch.where(state.adversarial, state.radius, estimate) * (1 + gamma)
+        return torch.where(measured.success, shorter, longer).to(state.radius.dtype)

@@ -10,21 +10,20 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry, hyperplanes
 from wideberth.attacks.base import Attack
-from wideberth.attacks.linear_model import Plane, class_gradients, goals, land, nearest_plane
-from wideberth.attacks.minimum_norm import nearer
+from wideberth.attacks.linear_model import Plane, class_gradients, goal_differences, nearest_plane, rounded_off_input
+from wideberth.attacks.minimum_norm import record_closer
 from wideberth.attacks.state import AttackInputs, AttackState
-from wideberth.losses import Loss
 
 _NO_BOX = (float("-inf"), float("inf"))
 
 
 @dataclass(frozen=True)
-class _Fooling(AttackState):
-    """Where DeepFool stands.
+class DeepFoolState(AttackState):
+    """The state of DeepFool.
 
     Attributes:
-        total: (B, ...) the perturbation that leads to the boundary, as far as is known.
-        overshoot: (B,) share of `total` by which `point` lies beyond it.
+        total: (B, ...) the perturbation to the boundary, as estimated so far.
+        overshoot: (B,) fraction of `total` by which `point` lies beyond it.
     """
 
     total: Tensor
@@ -32,7 +31,7 @@ class _Fooling(AttackState):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepFool(Attack):
+class DeepFool(Attack[DeepFoolState]):
     """DeepFool (Moosavi-Dezfooli et al. 2016): a cheap estimate of the smallest perturbation, and a loose one.
 
     Each step replaces the model by its linear model at the current point and goes straight to the nearest boundary of
@@ -47,7 +46,7 @@ class DeepFool(Attack):
     Entries that have come to a face of the box are left out of the step.
 
     Attributes:
-        steps: >= 1; the input itself is looked at first, so a run asks once more.
+        steps: >= 1; the input itself is queried first, so there is one query more.
         overshoot: >= 0, share of the perturbation that is added to it to cross the boundary.
         candidates: classes considered, those of largest logit other than the label; >= 1.
     """
@@ -67,30 +66,29 @@ class DeepFool(Attack):
 
     @property
     def num_steps(self) -> int:
-        """A look at the input, and one after each step."""
+        """A query of the input, and one after each step."""
         return self.steps + 1
 
-    def init(self, inputs: AttackInputs) -> _Fooling:
-        """Begin at the clean inputs."""
+    def init(self, inputs: AttackInputs) -> DeepFoolState:
+        """At the clean input."""
         total = torch.zeros_like(inputs.x, dtype=torch.promote_types(inputs.x.dtype, torch.float32))
         overshoot = torch.full_like(inputs.eps, self.overshoot)
-        return _Fooling.at(inputs, inputs.x, total=total, overshoot=overshoot)
+        return DeepFoolState.initial(inputs, inputs.x, total=total, overshoot=overshoot)
 
-    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
+    def update(self, model: nn.Module, inputs: AttackInputs, state: DeepFoolState) -> DeepFoolState:
         """One forward and the class gradients at `state.point`; then to the nearest boundary, and a little beyond."""
-        del loss  # there is none: what counts is which class is ahead
-        assert isinstance(state, _Fooling)
-        found = class_gradients(model, state.point, goals(inputs, self.candidates))
-        now = inputs.goal_reached(found.logits)
+        found = class_gradients(model, state.point, goal_differences(inputs, self.candidates))
+        success = inputs.goal_reached(found.logits)
         x = inputs.x.to(state.total.dtype)
-        state = nearer(inputs, state, now, geometry.norm(state.point - x, self.norm), found.cost)
-        again = geometry.column(now, x)
+        distance = geometry.norm(state.point - x, self.norm)
+        state = record_closer(inputs, state, success, distance, found.cost)
+        again = geometry.column(success, x)
         start = torch.where(again, x, x + state.total)
         plane = nearest_plane(found, state.point, start, self.norm)
         step = torch.where(again, plane.step_from(x, self.norm, self.box), self._onward(plane, start))
         total = (start + step).clamp(*self.box) - x
-        overshoot = torch.where(now, state.overshoot / 2, state.overshoot)
-        point = land(inputs.x, total * geometry.column(1 + overshoot, total), self.box)
+        overshoot = torch.where(success, state.overshoot / 2, state.overshoot)
+        point = rounded_off_input(inputs.x, total * geometry.column(1 + overshoot, total), self.box)
         return replace(state, point=point, total=total, overshoot=overshoot)
 
     def _onward(self, plane: Plane, start: Tensor) -> Tensor:

@@ -8,38 +8,38 @@ import torch
 from torch import Tensor
 
 from wideberth import checks, geometry
-from wideberth.attacks.base import Keep
-from wideberth.attacks.pgd import PGD
-from wideberth.attacks.state import AttackInputs, AttackState, ProjectedState
+from wideberth.attacks.base import Keep, Query
+from wideberth.attacks.pgd import GradientAscent
+from wideberth.attacks.state import AttackInputs, ProjectedState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Friendly(ProjectedState):
-    """What early-stopped PGD remembers.
+class EarlyStoppedState(ProjectedState):
+    """The state of early-stopped PGD.
 
     Attributes:
-        left: (B,) int64, steps that a row may still take while it is misclassified; it stands still where negative.
+        steps_left: (B,) int64, steps still allowed from misclassified points; negative once the row has stopped.
     """
 
-    left: Tensor
+    steps_left: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlyStoppedPGD(PGD):
-    """PGD that stops soon after it has succeeded (FAT; Zhang et al. 2020): wrong enough to teach, no worse.
+class EarlyStoppedPGD(GradientAscent[EarlyStoppedState]):
+    """PGD that stops `tau` steps after its first success (FAT; Zhang et al. 2020).
 
-    A row takes `tau` further steps from iterates that are misclassified, and then stays where it is, at a misclassified
-    iterate; a step that leads back to the right side is not counted. With `tau` >= `steps` this is PGD. The paper
+    A row takes `tau` further steps from points that are misclassified, and then stays where it is, at a misclassified
+    point; steps from points that are classified correctly are not counted. With `tau` >= `steps` this is PGD. The paper
     raises `tau` from 0 to 2 over training, with 10 steps of 0.007 in linf, eps 0.031 and `omega` 0.001.
 
     What we do differently: rows that have stopped are masked instead of leaving the batch, so that rows stay in order
-    and nothing waits for the device; they still cost a forward and a backward per step. A tie for first place counts
-    as misclassified, here as everywhere.
+    and there is no host synchronisation; they still cost a forward and a backward per step. A tie for first place
+    counts as misclassified, here as everywhere.
 
     Attributes:
-        tau: steps taken from misclassified iterates, >= 0.
+        tau: steps taken from misclassified points, >= 0.
         omega: standard deviation of normal noise added to each step, in units of the input.
-        keep: "last", which is where the row stopped; nothing else makes sense.
+        keep: "last" alone, which is where the row stopped.
     """
 
     tau: int = 0
@@ -53,20 +53,19 @@ class EarlyStoppedPGD(PGD):
         checks.at_least("omega", self.omega, 0)
         checks.choice("keep", self.keep, ("last",))
 
-    def init(self, inputs: AttackInputs) -> Friendly:
-        """Begin as PGD does, with all steps left."""
+    def init(self, inputs: AttackInputs) -> EarlyStoppedState:
+        """As PGD, with all `tau` steps left."""
         left = torch.full_like(inputs.y, self.tau)
-        return self.started(inputs, Friendly.within(inputs, inputs.x, self.norm, self.box, left=left))
+        state = EarlyStoppedState.initial_in_ball(inputs, inputs.x, self.norm, self.box, steps_left=left)
+        return self.starting(inputs, state)
 
-    def onward(self, inputs: AttackInputs, state: AttackState, logits: Tensor, gradient: Tensor) -> AttackState:
-        """One step uphill for the rows that go on."""
-        assert isinstance(state, Friendly)
+    def move(self, inputs: AttackInputs, state: EarlyStoppedState, query: Query) -> EarlyStoppedState:
+        """One step along the gradient, for rows that have steps left."""
         here = state.point
-        left = state.left - inputs.goal_reached(logits).to(state.left.dtype)
-        move = self.uphill(inputs, here, gradient)
+        left = state.steps_left - inputs.goal_reached(query.logits).to(state.steps_left.dtype)
+        step = self.ascent_step(inputs, here, query.gradient)
         if self.omega:
             noise = inputs.noise.fold("friendly").then(state.iteration - 1)
-            move = move + self.omega * noise.normal(here.shape[1:], inputs.eps.dtype)
-        point = state.moved(inputs, here, move, self.norm, self.box)
-        point = geometry.choose(left >= 0, point, here)
-        return replace(state, point=point, left=left)
+            step = step + self.omega * noise.normal(here.shape[1:], inputs.eps.dtype)
+        point = state.projected(inputs, here, step, self.norm, self.box)
+        return replace(state, point=geometry.choose(left >= 0, point, here), steps_left=left)

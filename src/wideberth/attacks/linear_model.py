@@ -67,7 +67,7 @@ class Plane:
 
     Attributes:
         point: (B, ...) where the model was asked, in at least float32.
-        normal: (B, ...) points to where the goal is achieved; zero, as is `value`, where the model has no gradient.
+        normal: (B, ...) points to where the goal is reached; zero, as is `value`, where the model has no gradient.
         value: (B,) at the point, positive where the boundary has been crossed.
     """
 
@@ -88,25 +88,28 @@ class Plane:
         return Normals.of(self.normal)
 
 
-def goals(inputs: AttackInputs, most: int | None = None) -> Callable[[Tensor], Tensor]:
-    """Of logits (B, K), the differences (B, M) of which one must be positive for the goal to be achieved.
+def goal_differences(inputs: AttackInputs, most: int | None = None) -> Callable[[Tensor], Tensor]:
+    """Of logits (B, K), the differences (B, M) of which one must be positive for a success.
 
-    Untargeted: each other class less the label, the likeliest `most` of them. With a target: the target less the label
-    or, where nothing but the target counts, less the largest other logit.
+    Untargeted: each other class minus the label, for the likeliest `most` of them. With a target: the target minus the
+    label or, where only the target counts, minus the largest other logit.
     """
-    y, target = inputs.y[:, None], inputs.target
+    y = inputs.y[:, None]
 
     def untargeted(logits: Tensor) -> Tensor:
         others = logits.detach().scatter(1, y, float("-inf"))
         count = min(most or logits.shape[1], logits.shape[1] - 1)
         return logits.gather(1, others.topk(count, dim=1).indices) - logits.gather(1, y)
 
-    def targeted(logits: Tensor) -> Tensor:
-        assert target is not None
-        rivals = logits.scatter(1, target[:, None], float("-inf")).amax(1, keepdim=True)
-        return logits.gather(1, target[:, None]) - (rivals if inputs.strict else logits.gather(1, y))
+    if inputs.target is None:
+        return untargeted
+    target = inputs.target[:, None]
 
-    return untargeted if target is None else targeted
+    def targeted(logits: Tensor) -> Tensor:
+        others = logits.scatter(1, target, float("-inf")).amax(1, keepdim=True)
+        return logits.gather(1, target) - (others if inputs.target_only else logits.gather(1, y))
+
+    return targeted
 
 
 def nearest_plane(found: Gradients, point: Tensor, start: Tensor, norm: Norm) -> Plane:
@@ -115,34 +118,39 @@ def nearest_plane(found: Gradients, point: Tensor, start: Tensor, norm: Norm) ->
     Nearest is where |difference of logits| over the dual norm of its gradient is least.
     """
     here = point.to(torch.promote_types(point.dtype, torch.float32))
-    nearest: Plane | None = None
-    least = here.new_full(here.shape[:1], float("inf"))
-    for column, each in zip(found.values.unbind(1), found.each, strict=True):
-        plane = Plane(here, each.to(here.dtype), column.to(here.dtype))
-        if found.values.shape[1] == 1:  # the only one is the nearest
-            known = geometry.norm(plane.normal, "linf") > 0
-            return replace(plane, value=torch.where(known, plane.value, 0))
+    columns = found.values.unbind(1)
+    planes = (
+        Plane(here, gradient.to(here.dtype), column.to(here.dtype))
+        for column, gradient in zip(columns, found.each, strict=True)
+    )
+    first = next(planes)
+    if len(columns) == 1:  # the only one is the nearest
+        has_gradient = geometry.norm(first.normal, "linf") > 0
+        return replace(first, value=torch.where(has_gradient, first.value, 0))
+
+    def measured(plane: Plane) -> tuple[Tensor, Tensor]:
+        """Whether there is a gradient, and how far the boundary is from `start`, (B,) each."""
         length = geometry.norm(plane.normal, geometry.dual(norm))
-        known = length > 0
-        distance = torch.where(known, plane.at(start).abs() / length, float("inf"))
+        return length > 0, torch.where(length > 0, plane.at(start).abs() / length, float("inf"))
+
+    has_gradient, least = measured(first)
+    nearest = replace(first, value=torch.where(has_gradient, first.value, 0))
+    for plane in planes:
+        _, distance = measured(plane)
         nearer = distance < least
         least = torch.where(nearer, distance, least)
-        if nearest is None:  # without a gradient, the normal is zero as it is
-            nearest = replace(plane, value=torch.where(known, plane.value, 0))
-            continue
         value = torch.where(nearer, plane.value, nearest.value)
         normal = torch.where(geometry.column(nearer, here), plane.normal, nearest.normal)
         nearest = Plane(here, normal, value)
-    assert nearest is not None
     return nearest
 
 
-def land(x: Tensor, delta: Tensor, box: Box) -> Tensor:
+def rounded_off_input(x: Tensor, delta: Tensor, box: Box) -> Tensor:
     """x + delta (B, ...), in the box and in x's dtype: rounded to nearest, but not all the way back to x."""
     point = (x + delta).to(x.dtype).clamp(*box)
     # An ulp of bfloat16 is 1/256 at 0.5: a row that is closer to the boundary than that would never leave x.
     stuck = geometry.norm(point - x, "linf") == 0
-    # Only where looking costs nothing: a GPU had better move all rows than wait to be asked.
+    # Looking is cheap on a CPU alone: on a GPU it would be a host synchronisation.
     if point.device.type == "cpu" and not bool(stuck.any()):
         return point
     least = torch.nextafter(x, torch.where(delta > 0, float("inf"), float("-inf")).to(x.dtype))

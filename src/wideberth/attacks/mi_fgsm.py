@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from wideberth import checks, geometry
-from wideberth.attacks.pgd import PGD, ScaledStep
-from wideberth.attacks.state import AttackInputs, AttackState, ProjectedState
+from wideberth.attacks.base import Query
+from wideberth.attacks.pgd import GradientAscent, ScaledStep
+from wideberth.attacks.state import AttackInputs, ProjectedState
 from wideberth.geometry import Start
 
 _EQUAL_STEPS = ScaledStep(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moving(ProjectedState):
-    """What MI-FGSM remembers.
+class MomentumState(ProjectedState):
+    """The state of MI-FGSM.
 
     Attributes:
         momentum: (B, ...) the decayed sum of the gradients, each of unit l1 norm.
@@ -27,8 +28,8 @@ class Moving(ProjectedState):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MIFGSM(PGD):
-    """The momentum iterative method (Dong et al. 2018): steepest steps along the accumulated gradient.
+class MIFGSM(GradientAscent[MomentumState]):
+    """The momentum iterative method (MI-FGSM; Dong et al. 2018): steepest steps along the accumulated gradient.
 
     Gradients count equally, whatever their length: each is scaled to unit l1 norm before it is added. Such directions
     transfer better to models other than the one attacked. Costs, and what is not listed here, are those of `PGD`.
@@ -50,16 +51,17 @@ class MIFGSM(PGD):
         super().__post_init__()
         checks.at_least("decay", self.decay, 0)
 
-    def init(self, inputs: AttackInputs) -> Moving:
-        """Begin as PGD does, without momentum."""
+    def init(self, inputs: AttackInputs) -> MomentumState:
+        """As PGD, without momentum."""
         none = torch.zeros_like(inputs.x, dtype=inputs.eps.dtype)
-        return self.started(inputs, Moving.within(inputs, inputs.x, self.norm, self.box, momentum=none))
+        state = MomentumState.initial_in_ball(inputs, inputs.x, self.norm, self.box, momentum=none)
+        return self.starting(inputs, state)
 
-    def onward(self, inputs: AttackInputs, state: AttackState, logits: Tensor, gradient: Tensor) -> AttackState:
-        """One step along the momentum, to which the gradient is added."""
-        assert isinstance(state, Moving)
-        momentum = self.decay * state.momentum + _unit(gradient.to(inputs.eps.dtype).nan_to_num(nan=0.0))
-        return super().onward(inputs, replace(state, momentum=momentum), logits, momentum)
+    def move(self, inputs: AttackInputs, state: MomentumState, query: Query) -> MomentumState:
+        """Add the gradient to the momentum, and step along that."""
+        gradient = query.gradient.to(inputs.eps.dtype).nan_to_num(nan=0.0)
+        momentum = self.decay * state.momentum + _unit(gradient)
+        return self.stepped(inputs, replace(state, momentum=momentum), momentum)
 
 
 def _unit(gradient: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What attacks share that look for the smallest perturbation."""
+"""What minimum-norm attacks share: they look for the closest point that is a success."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ import torch
 from torch import Tensor
 
 from wideberth import checks, geometry
-from wideberth.attacks.state import AttackInputs, S
+from wideberth.attacks.base import S
+from wideberth.attacks.state import AttackInputs
 from wideberth.checks import Box, InputError, Norm
 
 _SLACK = 5e-7
-"""Relative: by so much a point may measure too long that was placed on the sphere in float32; a verdict allows twice
-as much."""
+"""Relative: a point placed on the sphere in float32 may measure so much too long; verification allows twice as much."""
 
 
-def nearer(inputs: AttackInputs, state: S, now: Tensor, distance: Tensor, cost: int) -> S:
-    """Take account of what was seen at `state.point`: the closest point that does, and is within its radius, is kept.
+def record_closer(inputs: AttackInputs, state: S, success: Tensor, distance: Tensor, cost: int) -> S:
+    """The state with a query recorded; `best` becomes `state.point` if that is the closest success within its radius.
 
     Args:
         inputs: the rows.
-        state: asked about at its `point`.
-        now: (B,) bool, whether that point achieves the goal.
-        distance: (B,) how far it is from the input.
-        cost: forwards and backwards spent on it.
+        state: queried at its `point`.
+        success: (B,) bool, whether that point reaches the goal.
+        distance: (B,) of the point from the clean input.
+        cost: forwards plus backwards of this query.
     """
-    now = now & (distance <= inputs.eps * (1 + _SLACK))
-    better = now & (-distance > state.value)
+    success = success & (distance <= inputs.eps * (1 + _SLACK))
+    closer = success & (-distance > state.best_loss)
+    adversarial = state.adversarial | success
     return replace(
         state,
-        kept=geometry.choose(better, state.point, state.kept),
-        value=torch.where(better, -distance, state.value),
-        broken=state.broken | now,
-        steps_survived=state.steps_survived + ~(state.broken | now),
+        best=geometry.choose(closer, state.point, state.best),
+        best_loss=torch.where(closer, -distance, state.best_loss),
+        adversarial=adversarial,
+        steps_survived=state.steps_survived + ~adversarial,
         iteration=state.iteration + 1,
-        spent=state.spent + cost,
+        evaluations=state.evaluations + cost,
     )
 
 
-def farthest(inputs: AttackInputs, norm: Norm, box: Box) -> Tensor:
-    """How long a perturbation can get within box and radius, (B,)."""
+def largest_distance(inputs: AttackInputs, norm: Norm, box: Box) -> Tensor:
+    """The norm of the longest perturbation within box and radius, (B,)."""
     x = inputs.x.to(inputs.eps.dtype)
     room = torch.maximum(x - box[0], box[1] - x)
     return torch.minimum(geometry.norm(room, norm), inputs.eps)
@@ -49,12 +50,12 @@ def farthest(inputs: AttackInputs, norm: Norm, box: Box) -> Tensor:
 
 def half_cosine(iteration: Tensor, steps: int, first: float, last: float) -> Tensor:
     """From `first` down to `last` along half a cosine over `steps`, by each row's own iteration (B,)."""
-    gone = (iteration / steps).clamp(max=1)
-    return last + (first - last) * (1 + torch.cos(math.pi * gone)) / 2
+    done = (iteration / steps).clamp(max=1)
+    return last + (first - last) * (1 + torch.cos(math.pi * done)) / 2
 
 
-def one_run(attack: str, restarts: int) -> None:
-    """Refuse restarts of an attack that always begins at the input itself (`InputError`)."""
+def refuse_restarts(attack: str, restarts: int) -> None:
+    """Refuse restarts of an attack that always begins at the clean input (`InputError`)."""
     checks.at_least("restarts", restarts, 1)
     if restarts > 1:
-        raise InputError(f"restarts={restarts}: {attack} begins at the input, so that each run would repeat the first")
+        raise InputError(f"restarts={restarts}: {attack} begins at the input, and a restart would repeat it")

@@ -1,4 +1,4 @@
-"""Ascent on the probability margin from diverse starts: what breaks most samples for the fewest gradients."""
+"""The probability margin attack (PMA; Xie et al. 2025), from diverse starts."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
 from wideberth.attacks.base import Attack, input_gradient
-from wideberth.attacks.state import AttackInputs, AttackState, ProjectedState
+from wideberth.attacks.state import AttackInputs, ProjectedState
 from wideberth.losses import Loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class PMA(Attack):
+class PMA(Attack[ProjectedState]):
     """Probability margin attack (Xie et al. 2025): steepest ascent on the largest other probability minus the label's.
 
-    Its step falls from `largest` * eps to `smallest` * eps along a cosine. Before that, a run may be led away from
-    where others have been: `diverse` steps of length eps up a random direction of the logits (output-diversified
-    starts, Tashiro et al. 2020; their use for fast verdicts is from Liu et al. 2022).
+    Its step size falls from `largest` * eps to `smallest` * eps along a cosine. Before that, a restart may move away
+    from where others went: `diverse` steps of length eps along a random direction of the logits (output-diversified
+    starts, Tashiro et al. 2020; their use for fast evaluations is from Liu et al. 2022).
 
     What we do differently: where the label leads so far that the probabilities are flat, the logit margin is ascended
-    in their place, so that a scale of the logits hides nothing. The published attack splits the margin in two for the
-    first half of the steps (its code even ascends the label's own probability in the first one); here the random
-    directions do that work.
+    instead, so that a scale of the logits hides nothing. The published attack splits the margin in two for the first
+    half of the steps (its code even ascends the label's own probability in the first one); here the random directions
+    serve that purpose.
 
     Attributes:
-        steps: of the ascent, >= 1; the diverse ones come on top.
-        diverse: steps up a random direction of the logits beforehand, >= 0; 0 goes straight uphill from the input.
-        largest: first step, in units of eps.
-        smallest: last step, in units of eps.
+        steps: of the ascent, >= 1, not counting the diverse ones.
+        diverse: steps along a random direction of the logits beforehand, >= 0.
+        largest: first step size, in units of eps.
+        smallest: last step size, in units of eps.
         loss: what is ascended; (logits, y) -> (B,).
         draws: passes that a gradient is the mean of, for randomised models.
     """
@@ -54,34 +54,33 @@ class PMA(Attack):
 
     @property
     def num_steps(self) -> int:
-        """Diverse steps and ascent, and a look at where they led."""
+        """Diverse steps and ascent, and a query of the last point."""
         return self.diverse + self.steps + 1
 
     def init(self, inputs: AttackInputs) -> ProjectedState:
-        """Start at the clean input."""
-        return ProjectedState.within(inputs, inputs.x, self.norm, self.box)
+        """At the clean input."""
+        return ProjectedState.initial_in_ball(inputs, inputs.x, self.norm, self.box)
 
-    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
-        """One forward and one input gradient, then one step up the margin or, early on, a direction of the logits."""
-        assert isinstance(state, ProjectedState)
-        ascended = inputs.loss(self.loss if loss is None else loss)
+    def update(self, model: nn.Module, inputs: AttackInputs, state: ProjectedState) -> ProjectedState:
+        """One forward and one input gradient; then one step up the margin or, early on, a direction of the logits."""
+        margin = inputs.attack_loss(self.loss)
         early = state.iteration < self.diverse
 
-        def mixed(logits: Tensor) -> Tensor:
+        def ascended(logits: Tensor) -> Tensor:
             wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
             direction = 2 * inputs.noise.fold("direction").uniform(wide.shape[1:], wide.dtype) - 1
-            # Both are computed for every row; where() lets only one of them send a gradient back.
-            return torch.where(early, (direction * wide).sum(1), ascended(wide))
+            # Both are computed for every row; `where` lets only one of them send a gradient back.
+            return torch.where(early, (direction * wide).sum(1), margin(wide))
 
-        logits, value, gradient = input_gradient(model, state.point, mixed, self.draws)
+        logits, loss, gradient = input_gradient(model, state.point, ascended, self.draws)
         # The loss of an early row is not its margin.
-        value = torch.where(early, float("-inf"), value)
-        stride = inputs.eps * torch.where(early, self.largest, self._pace(state.iteration))
-        move = geometry.column(stride, inputs.x) * geometry.steepest(gradient, self.norm)
-        point = state.moved(inputs, state.point, move, self.norm, self.box)
-        return replace(state.after(inputs, logits, value, cost=2 * self.draws), point=point)
+        loss = torch.where(early, float("-inf"), loss)
+        size = inputs.eps * torch.where(early, self.largest, self._step_size(state.iteration))
+        step = geometry.column(size, inputs.x) * geometry.steepest(gradient, self.norm)
+        point = state.projected(inputs, state.point, step, self.norm, self.box)
+        return replace(state.recorded(inputs, logits, loss, cost=2 * self.draws), point=point)
 
-    def _pace(self, iteration: Tensor) -> Tensor:
-        """The step in units of eps, (B,): a cosine from the largest to the smallest."""
-        share = (iteration - self.diverse).clamp_min(0) / max(1, self.steps - 1)
-        return self.smallest + (self.largest - self.smallest) * (1 + torch.cos(math.pi * share.clamp_max(1))) / 2
+    def _step_size(self, iteration: Tensor) -> Tensor:
+        """The step size in units of eps, (B,): a cosine from the largest to the smallest."""
+        done = (iteration - self.diverse).clamp_min(0) / max(1, self.steps - 1)
+        return self.smallest + (self.largest - self.smallest) * (1 + torch.cos(math.pi * done.clamp_max(1))) / 2

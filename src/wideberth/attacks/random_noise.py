@@ -15,13 +15,13 @@ from wideberth.losses import Loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomNoise(Attack):
+class RandomNoise(Attack[AttackState]):
     """The worst of `tries` points drawn uniformly from the ball: one forward each, no gradient.
 
-    In high dimensions it finds next to nothing. Where it finds what gradient attacks do not, those are being misled,
-    and the model only looks robust (Carlini et al. 2019, "On evaluating adversarial robustness").
+    In high dimensions it finds next to nothing. Where it finds what gradient attacks do not, their gradients mislead
+    them, and the model only looks robust (Carlini et al. 2019, "On evaluating adversarial robustness").
 
-    Points are uniform over the volume of the ball and then moved into the box (see `geometry.place`).
+    Points are uniform over the volume of the ball and then projected into the box (see `geometry.place`).
 
     Attributes:
         tries: points per run, >= 1.
@@ -44,22 +44,22 @@ class RandomNoise(Attack):
 
     @property
     def num_steps(self) -> int:
-        """As many as there are tries."""
+        """One query for each point."""
         return self.tries
 
     def init(self, inputs: AttackInputs) -> AttackState:
-        """Begin at the first draw."""
-        return AttackState.at(inputs, self._drawn(inputs, torch.zeros_like(inputs.y)))
+        """At the first random point."""
+        return AttackState.initial(inputs, self._random_point(inputs, torch.zeros_like(inputs.y)))
 
-    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
+    def update(self, model: nn.Module, inputs: AttackInputs, state: AttackState) -> AttackState:
         """One forward at `state.point`, then the next draw."""
         with torch.no_grad():
             logits = model(state.point)
-            value = inputs.loss(self.loss if loss is None else loss)(logits)
-        state = state.after(inputs, logits, value, cost=1, first=self.keep == "first_flip")
-        return replace(state, point=self._drawn(inputs, state.iteration))
+            loss = inputs.attack_loss(self.loss)(logits)
+        state = state.recorded(inputs, logits, loss, cost=1, first=self.keep == "first_flip")
+        return replace(state, point=self._random_point(inputs, state.iteration))
 
-    def _drawn(self, inputs: AttackInputs, iteration: Tensor) -> Tensor:
+    def _random_point(self, inputs: AttackInputs, iteration: Tensor) -> Tensor:
         noise = inputs.noise.fold("random noise").then(iteration)
         delta = geometry.random_start(inputs.x, inputs.eps, self.norm, "uniform", noise)
         return geometry.place(inputs.x, delta, inputs.eps, self.norm, self.box)

@@ -1,220 +1,243 @@
-"""Continuous batching: a batch that is always full of rows which still have something to find.
+"""Continuous batching: the driver of an evaluation, which keeps its batches full of rows that still search.
 
-An evaluation is a heap of runs: every sample is due each restart and each target of an attack, until one succeeds. A
-`Schedule` keeps `batch_size` of them going. A row that has succeeded or finished leaves at once and the next waiting
-sample takes its slot, so nobody pays for samples that are already broken, and the last batch is as full as the first.
+An evaluation consists of jobs: each restart and each target of an attack, on each sample, until one is a success. A
+`Schedule` keeps `batch_size` of them active. A job that has succeeded or finished leaves at once and the next waiting
+sample takes its place, so that no query is spent on samples that are already adversarial, and the last batch is as full
+as the first.
 
-A sample's runs go in the fixed order of `Attack.runs`, one after the other or so many parallel_restarts, and every run has noise
-of its own. Of runs parallel_restarts, the first in that order which succeeds is what counts: the others are cancelled, or wait
-for those before them to end. Which run breaks a sample, where, and what that cost is therefore the same whatever the
-batch size, the order of the samples, the number of processes, and however often the evaluation was interrupted.
+The jobs of a sample run in the fixed order of `restarts.jobs_of`, one after the other or several in parallel, and every
+job has noise of its own. Of parallel jobs, the first in that order that succeeds counts: later ones are cancelled, and
+it waits for earlier ones to end. So which job succeeds, where, and at what cost is the same for any batch size, order
+of the samples and number of processes, and however often the evaluation was interrupted.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from wideberth.attacks.base import Attack
-from wideberth.attacks.state import AttackInputs, AttackState
+from wideberth.attacks.restarts import inputs_of_jobs
+from wideberth.attacks.state import AttackInputs, AttackState, Rows
 
 REFILL = 8
-"""Slots are refilled when one in so many is free: joining rows one by one would cost more than it brings."""
+"""Places are refilled when one in so many is free: joining rows one by one would cost more than it gains."""
+
+Fetch: TypeAlias = Callable[[Tensor], AttackInputs]
+"""The inputs of some samples, given their rows (n,) int64 on the CPU, on the model's device."""
 
 
 @dataclass(frozen=True)
-class Left:
-    """Runs that have ended, or seem to have succeeded.
+class Jobs(Rows):
+    """Jobs of an attack, each at an iteration of its own.
 
     Attributes:
-        rows: (n,) int64, which samples.
-        run: (n,) int64, which of `Attack.runs`.
-        part: what they were attacking.
-        state: their last state.
+        sample: (n,) int64 on the CPU, the sample of each job, as a row of the evaluation.
+        job: (n,) int64 on the CPU, which of `restarts.jobs_of`.
+        inputs: what they attack, on the model's device.
+        state: where they stand.
     """
 
-    rows: Tensor
-    run: Tensor
-    part: AttackInputs
+    sample: Tensor
+    job: Tensor
+    inputs: AttackInputs
     state: AttackState
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def rows(self, where: Tensor) -> Self:
+        """Some of the jobs, `where` (n,) bool on the CPU."""
+        there = where.to(self.inputs.y.device)
+        inputs, state = self.inputs.rows(there), self.state.rows(there)
+        return replace(self, sample=self.sample[where], job=self.job[where], inputs=inputs, state=state)
+
+    def joined(self, other: Self) -> Self:
+        """These jobs, followed by those of `other`."""
+        if not len(other):
+            return self
+        if not len(self):
+            return other
+        sample, job = torch.cat([self.sample, other.sample]), torch.cat([self.job, other.job])
+        inputs, state = self.inputs.joined(other.inputs), self.state.joined(other.state)
+        return replace(self, sample=sample, job=job, inputs=inputs, state=state)
 
 
 class Schedule:
-    """The runs of one attack on many samples.
+    """The jobs of one attack on many samples.
 
     Args:
-        model: asked on its own device; lent already, or a copy that nobody else uses.
+        model: queried on its own device; lent already, or a copy that nobody else uses.
         attack: what is run.
-        inputs: all N samples, on any device; parts of it are moved to the model's. All else here is on the CPU.
-        runs: how many runs a sample is due.
-        batch_size: rows under way at a time (a few more, where the runs parallel_restarts of one sample are more); an attack
-            without gradients may ask the model about twice as many points.
-        likely: (N, K - 1) classes other than the label, the likeliest first, if the attack aims at targets.
-        run: (N,) int64, the run that each sample is due next; one with none left is not attacked. Counted up in place.
-        parallel_restarts: so many runs of a sample begin together, and ask together. They keep a batch full where few samples are
-            left; of a sample that breaks early, more was asked than would have been.
+        fetch: gives the inputs of samples when their jobs begin.
+        next_job: (N,) int64 on the CPU, the job that each of the N samples is due next; a sample with none left is not
+            attacked. Counted up in place.
+        jobs: how many jobs a sample is due.
+        batch_size: jobs active at a time (a few more, where the parallel jobs of one sample are more); an attack
+            without gradients may query about twice as many points.
+        ranked: (N, >= targets) int64 on the CPU, classes other than the label, the likeliest first, if the attack has
+            targets.
+        parallel_restarts: so many jobs of a sample begin together, at one pace. They keep a batch full where few
+            samples are left; samples that succeed early cost more queries.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        attack: Attack,
-        inputs: AttackInputs,
+        attack: Attack[Any],
+        fetch: Fetch,
+        next_job: Tensor,
         *,
-        runs: int,
+        jobs: int,
         batch_size: int,
-        likely: Tensor | None = None,
-        run: Tensor | None = None,
+        ranked: Tensor | None = None,
         parallel_restarts: int = 1,
     ) -> None:
-        self.model, self.attack, self.inputs, self.likely = model, attack, inputs, likely
-        self.runs, self.batch_size, self.parallel_restarts = runs, batch_size, parallel_restarts
-        self.run = torch.zeros(len(inputs.y), dtype=torch.int64) if run is None else run
-        self.end = self.run.clone()  # of the runs parallel_restarts that a sample is at
-        self.device = next((p.device for p in model.parameters()), inputs.x.device)
-        self.waiting = deque((self.run < runs).nonzero().squeeze(1).tolist())
-        self.going = _Going()
-        self.ended = _Going()
-        self.spent = torch.zeros_like(self.run)  # and not accounted for
+        self.model, self.attack, self.fetch, self.ranked = model, attack, fetch, ranked
+        self.jobs, self.batch_size, self.parallel_restarts = jobs, batch_size, parallel_restarts
+        self.next_job = next_job
+        self.end = next_job.clone()  # of the parallel jobs that a sample is at
+        self.waiting = deque((next_job < jobs).nonzero().squeeze(1).tolist())
+        self.active: Jobs | None = None
+        self.ended: Jobs | None = None
+        self.evaluations = torch.zeros_like(next_job)  # that `confirm` has not returned yet
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything left to do."""
-        return bool(self.waiting) or len(self.going) > 0
+        """Whether anything is left to do."""
+        return bool(self.waiting) or _count(self.active) > 0
 
-    def step(self) -> Iterator[Left]:
-        """Refill, ask the model about every row under way, and hand out what has ended, to be `judged` each time.
+    def step(self) -> Iterator[Jobs]:
+        """Refill the batch, update every active job, and yield those that ended; pass each to `confirm` in turn.
 
-        No two rows handed out together are of one sample.
+        No two jobs that are yielded together belong to one sample.
         """
         self._refill()
-        going = self.going
-        # Of runs parallel_restarts that are cancelled it counts how far they had come: they go at one pace, whoever is there.
-        # Without gradients nothing is kept of a forward, and twice the points take no more memory.
-        room = self.batch_size * (1 if self.attack.needs_gradient else 2) if self.parallel_restarts == 1 else len(going)
-        attack = self.attack.fitted(len(going), room)
-        going.state = attack.step(self.model, going.part, going.state)
-        # A minimum-norm attack that has come within its radius has shown what a verdict asks; without a radius, it
-        # looks for the smallest one to the end.
-        bounded = torch.isfinite(going.part.eps)
-        over = (going.state.iteration >= self.attack.num_steps) | (going.state.broken & bounded)
+        active = self.active
+        if active is None or not len(active):
+            return
+        state = self.attack.update(
+            self.model, replace(active.inputs, points_per_row=self._points_per_row()), active.state
+        )
+        self.active = active = replace(active, state=state)
+        # With a radius, the first success ends a job; without one, a minimum-norm attack searches to the end.
+        bounded = torch.isfinite(active.inputs.eps)
+        over = ((state.iteration >= self.attack.num_steps) | (state.adversarial & bounded)).cpu()
         if not bool(over.any()):
             return
-        out = going.take(over.cpu(), over)
+        ended, self.active = active.rows(over), active.rows(~over)
         if self.parallel_restarts == 1:
-            yield out.left()
+            yield ended
             return
-        self.ended.join(out)
-        while bool((first := self._first()).any()):
-            yield self.ended.take(first, first.to(self.device)).left()
+        self.ended = _joined(self.ended, ended)
+        while (waiting := self.ended) is not None and bool((first := self._first_of_each_sample(waiting)).any()):
+            self.ended = waiting.rows(~first)
+            yield waiting.rows(first)
 
-    def judged(self, left: Left, held: Tensor) -> Tensor:
-        """What a judge made of runs that left: samples that are not `held` (n,) bool are broken, and done with.
+    def confirm(self, ended: Jobs, refused: Tensor) -> Tensor:
+        """Take the verification of jobs that were yielded: a sample whose point is not `refused` (n,) bool is done.
 
-        The others go on: with the same run if that has not ended (a search that asks a copy of the model, or in lower
-        precision, may take for success what is none), else with their next.
+        The others go on: with the same job if that has steps left (a search that queries a copy of the model, or one of
+        lower precision, may count as success what is none), else with their next.
 
         Returns:
-            (n,) int64, the evaluations that are accounted for now: forwards and backwards of all runs parallel_restarts, also of
-            those cancelled, and a forward for each judgement; 0 while one of them is still to be judged, since an
-            interruption would have all of them begin anew.
+            (n,) int64, the evaluations that are complete now: forwards and backwards of all parallel jobs, those of
+            cancelled ones included, and a forward for each verification; 0 while one of them is still unverified, since
+            all of them begin again after an interruption.
         """
-        self.spent[left.rows] += left.state.spent.cpu() + 1
-        early = held & (left.state.iteration < self.attack.num_steps).cpu()
-        if bool(early.any()):
-            where = early.to(self.device)
-            state = left.state.rows(where)
-            value = torch.full_like(state.value, float("-inf")) if self.attack.minimum_norm else state.value
-            none = torch.zeros_like(state.spent)
-            state = replace(state, broken=none > 0, value=value, spent=none)
-            self.going.join(_Going(left.rows[early], left.run[early], left.part.rows(where), state))
-        broken = left.rows[~held]
-        self.run[broken] = self.runs
-        if self.parallel_restarts > 1 and len(broken):
-            for group in (self.going, self.ended):
-                self._cancel(group, torch.isin(group.rows, broken))
-        over = ~early
-        if self.parallel_restarts > 1:  # the last of those parallel_restarts
-            over &= ~torch.isin(left.rows, torch.cat([self.going.rows, self.ended.rows]))
-        rows = left.rows[over & held]
-        self.run[rows] = self.end[rows]
-        self.waiting.extend(rows[self.run[rows] < self.runs].tolist())
-        settled = torch.where(over, self.spent[left.rows], 0)
-        self.spent[left.rows] -= settled
-        return settled
-
-    def _cancel(self, group: _Going, which: Tensor) -> None:
-        if bool(which.any()):
-            lost = group.take(which, which.to(self.device))
-            self.spent.index_add_(0, lost.rows, lost.state.spent.cpu())
-
-    def _first(self) -> Tensor:
-        """Which of the ended runs come before all others of their sample that are not over, (n,) bool."""
-        lowest = torch.full_like(self.run, self.runs)
-        for group in (self.going, self.ended):
-            lowest.scatter_reduce_(0, group.rows, group.run, "amin")
-        return self.ended.run == lowest[self.ended.rows]
-
-    def _refill(self) -> None:
-        # Runs that wait for those before them may yet have to go on.
-        free = self.batch_size - len(self.going) - len(self.ended)
-        if not self.waiting or (len(self.going) and free * REFILL < self.batch_size):
-            return
-        rows: list[int] = []
-        run: list[int] = []
-        while self.waiting and (len(rows) + self.parallel_restarts <= free or not (rows or len(self.going))):
-            row = self.waiting.popleft()
-            due = int(self.run[row])
-            self.end[row] = min(due + self.parallel_restarts, self.runs)
-            run += range(due, int(self.end[row]))
-            rows += [row] * (len(run) - len(rows))
-        if not rows:
-            return
-        new, at = torch.tensor(rows), torch.tensor(run)
-        likely = None if self.likely is None else self.likely[new].to(self.device)
-        part = self.attack.prepared(self.inputs.rows(new).to(self.device), at.to(self.device), likely)
-        self.going.join(_Going(new, at, part, self.attack.init(part)))
+        self.evaluations[ended.sample] += ended.state.evaluations.cpu() + 1
+        unfinished = refused & (ended.state.iteration < self.attack.num_steps).cpu()
+        if bool(unfinished.any()):
+            self.active = _joined(self.active, self._without_success(ended.rows(unfinished)))
+        done = ended.sample[~refused]
+        self.next_job[done] = self.jobs
+        if self.parallel_restarts > 1 and len(done):
+            self.active, self.ended = self._cancelled(self.active, done), self._cancelled(self.ended, done)
+        over = ~unfinished
+        if self.parallel_restarts > 1:  # the last of the parallel ones
+            over &= ~torch.isin(ended.sample, torch.cat([_samples(self.active), _samples(self.ended)]))
+        samples = ended.sample[over & refused]
+        self.next_job[samples] = self.end[samples]
+        self.waiting.extend(samples[self.next_job[samples] < self.jobs].tolist())
+        complete = torch.where(over, self.evaluations[ended.sample], 0)
+        self.evaluations[ended.sample] -= complete
+        return complete
 
     def pending(self) -> int:
-        """An upper bound on the rounds x rows that are left, if nothing more is broken."""
-        done = int(self.going.state.iteration.sum()) if len(self.going) else 0
-        return int((self.runs - self.run).sum()) * self.attack.num_steps - done
+        """An upper bound on the updates x jobs that are left, if no other job succeeds."""
+        done = int(self.active.state.iteration.sum()) if self.active is not None and len(self.active) else 0
+        return int((self.jobs - self.next_job).sum()) * self.attack.num_steps - done
+
+    def _points_per_row(self) -> int:
+        # Parallel jobs go at one pace, whatever else is in the batch: how far a cancelled one has come is counted.
+        if self.parallel_restarts > 1:
+            return 1
+        # Without gradients no activations are kept, and twice the points take no more memory.
+        room = self.batch_size * (1 if self.attack.needs_gradient else 2)
+        return max(1, room // _count(self.active))
+
+    def _without_success(self, jobs: Jobs) -> Jobs:
+        """These jobs as if their last success had been none."""
+        state = jobs.state
+        none = torch.zeros_like(state.evaluations)
+        loss = torch.full_like(state.best_loss, float("-inf")) if self.attack.minimum_norm else state.best_loss
+        return replace(jobs, state=replace(state, adversarial=none > 0, best_loss=loss, evaluations=none))
+
+    def _cancelled(self, jobs: Jobs | None, samples: Tensor) -> Jobs | None:
+        """The jobs that are not of these samples; what the others cost is remembered."""
+        if jobs is None:
+            return None
+        cancelled = torch.isin(jobs.sample, samples)
+        if not bool(cancelled.any()):
+            return jobs
+        lost = jobs.rows(cancelled)
+        self.evaluations.index_add_(0, lost.sample, lost.state.evaluations.cpu())
+        return jobs.rows(~cancelled)
+
+    def _first_of_each_sample(self, ended: Jobs) -> Tensor:
+        """Which of the ended jobs precede all other jobs of their sample that are not over, (n,) bool."""
+        lowest = torch.full_like(self.next_job, self.jobs)
+        for jobs in (ended, self.active):
+            if jobs is not None:
+                lowest.scatter_reduce_(0, jobs.sample, jobs.job, "amin")
+        return ended.job == lowest[ended.sample]
+
+    def _refill(self) -> None:
+        # Jobs that wait for earlier ones may yet go on.
+        count = _count(self.active)
+        free = self.batch_size - count - _count(self.ended)
+        if not self.waiting or (count and free * REFILL < self.batch_size):
+            return
+        samples: list[int] = []
+        jobs: list[int] = []
+        while self.waiting and (len(samples) + self.parallel_restarts <= free or not (samples or count)):
+            sample = self.waiting.popleft()
+            due = int(self.next_job[sample])
+            self.end[sample] = min(due + self.parallel_restarts, self.jobs)
+            jobs += range(due, int(self.end[sample]))
+            samples += [sample] * (len(jobs) - len(samples))
+        if not samples:
+            return
+        rows, job = torch.tensor(samples), torch.tensor(jobs)
+        inputs = self.fetch(rows)
+        device = inputs.y.device
+        ranked = None if self.ranked is None else self.ranked[rows].to(device)
+        inputs = inputs_of_jobs(self.attack, inputs, job.to(device), ranked)
+        self.active = _joined(self.active, Jobs(rows, job, inputs, self.attack.init(inputs)))
 
 
-class _Going:
-    """Runs at some stage: which samples' they are, which of their runs, and where they stand."""
+def _count(jobs: Jobs | None) -> int:
+    return 0 if jobs is None else len(jobs)
 
-    def __init__(
-        self, rows: Tensor | None = None, run: Tensor | None = None, part: Any = None, state: Any = None
-    ) -> None:
-        none = torch.zeros(0, dtype=torch.int64)
-        self.rows, self.run = none if rows is None else rows, none if run is None else run
-        self.part: AttackInputs = part
-        self.state: AttackState = state
 
-    def __len__(self) -> int:
-        return len(self.rows)
+def _samples(jobs: Jobs | None) -> Tensor:
+    return torch.zeros(0, dtype=torch.int64) if jobs is None else jobs.sample
 
-    def join(self, other: _Going) -> None:
-        """Take these in too."""
-        if not len(self):
-            self.rows, self.run, self.part, self.state = other.rows, other.run, other.part, other.state
-        elif len(other):
-            self.rows, self.run = torch.cat([self.rows, other.rows]), torch.cat([self.run, other.run])
-            self.part, self.state = self.part.joined(other.part), self.state.joined(other.state)
 
-    def take(self, which: Tensor, where: Tensor) -> _Going:
-        """Take these out, (n,) bool: on the CPU, and where the states are."""
-        taken = _Going(self.rows[which], self.run[which], self.part.rows(where), self.state.rows(where))
-        self.rows, self.run = self.rows[~which], self.run[~which]
-        self.part, self.state = self.part.rows(~where), self.state.rows(~where)
-        return taken
-
-    def left(self) -> Left:
-        """As they are handed out."""
-        return Left(self.rows, self.run, self.part, self.state)
+def _joined(jobs: Jobs | None, more: Jobs) -> Jobs:
+    return more if jobs is None else jobs.joined(more)

@@ -1,9 +1,9 @@
-"""Attacks that move pixels instead of changing them: rotation and translation, and a flow that bends the image."""
+"""Rotation and translation (Engstrom et al. 2019), and how an image is sampled between its pixels."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -11,18 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Attack, input_gradient
-from wideberth.attacks.pgd import ScaledStep
+from wideberth.attacks.base import Attack, S
 from wideberth.attacks.state import AttackInputs, AttackState
 from wideberth.checks import Box, InputError
-from wideberth.geometry import Start
 from wideberth.losses import Loss
 
-_SMOOTH = 1e-8
-"""Under the root of the roughness, which would have no derivative where the flow is constant."""
 
-
-def images_only(attack: Attack, x: Tensor) -> None:
+def images_only(attack: Attack[S], x: Tensor) -> None:
     """Refuse inputs that are not images (B, C, H, W) (`InputError`)."""
     if x.dim() != 4:
         raise InputError(f"x of shape {tuple(x.shape)}: {type(attack).__name__} is defined on images, (B, C, H, W)")
@@ -55,20 +50,20 @@ def sampled(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return torch.lerp(upper, lower, down)
 
 
-def _pixels(image: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def pixel_positions(image: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The rows (1, H, 1) and columns (1, 1, W) of the pixels."""
     height, width = image.shape[2:]
     rows, columns = (torch.arange(side, dtype=dtype, device=image.device) for side in (height, width))
     return rows[None, :, None], columns[None, None, :]
 
 
-def _moved(x: Tensor, found: Tensor, eps: Tensor, box: Box) -> Tensor:
-    """What was found, in the box and dtype of x, and x itself where the radius is zero."""
-    return torch.where(geometry.column(eps > 0, x), found.to(x.dtype).clamp(*box), x)
+def input_where_eps_is_zero(x: Tensor, point: Tensor, eps: Tensor, box: Box) -> Tensor:
+    """The point (B, ...) in the box and dtype of x; x itself, bit for bit, where eps (B,) is zero."""
+    return torch.where(geometry.column(eps > 0, x), point.to(x.dtype).clamp(*box), x)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spatial(Attack):
+class Spatial(Attack[AttackState]):
     """Rotation and translation (Engstrom et al. 2019): the worst of a grid or of random draws, one forward each.
 
     eps scales the limits: 1 means rotations by up to `rotation` degrees and translations by up to `translation` pixels
@@ -115,27 +110,27 @@ class Spatial(Attack):
 
     @property
     def num_steps(self) -> int:
-        """As many as there are transforms to try."""
+        """One query for each transform."""
         return self.tries if self.search == "random" else math.prod(self.grid)
 
     def init(self, inputs: AttackInputs) -> AttackState:
-        """Begin at the first transform.
+        """At the first transform.
 
         Raises:
             InputError: for inputs that are not images.
         """
         images_only(self, inputs.x)
-        return AttackState.at(inputs, self._transformed(inputs, torch.zeros_like(inputs.y)))
+        return AttackState.initial(inputs, self._transformed(inputs, torch.zeros_like(inputs.y)))
 
-    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
+    def update(self, model: nn.Module, inputs: AttackInputs, state: AttackState) -> AttackState:
         """One forward at `state.point`, then the next transform."""
         with torch.no_grad():
             logits = model(state.point)
-            value = inputs.loss(self.loss if loss is None else loss)(logits)
-        state = state.after(inputs, logits, value, cost=1)
+            loss = inputs.attack_loss(self.loss)(logits)
+        state = state.recorded(inputs, logits, loss, cost=1)
         return replace(state, point=self._transformed(inputs, state.iteration))
 
-    def _shares(self, inputs: AttackInputs, iteration: Tensor) -> Tensor:
+    def _transforms(self, inputs: AttackInputs, iteration: Tensor) -> Tensor:
         """The transforms of an iteration in units of the limits, (B, 3) in [-1, 1]."""
         dtype = inputs.eps.dtype
         if self.search == "random":
@@ -149,8 +144,8 @@ class Spatial(Attack):
     def _transformed(self, inputs: AttackInputs, iteration: Tensor) -> Tensor:
         x, eps = inputs.x, inputs.eps
         limits = eps.new_tensor([self.translation, self.translation, math.radians(self.rotation)])
-        down, across, angle = (self._shares(inputs, iteration) * limits * eps[:, None])[:, :, None, None].unbind(1)
-        rows, columns = _pixels(x, eps.dtype)
+        down, across, angle = (self._transforms(inputs, iteration) * limits * eps[:, None])[:, :, None, None].unbind(1)
+        rows, columns = pixel_positions(x, eps.dtype)
         middle_row, middle_column = (x.shape[2] - 1) / 2, (x.shape[3] - 1) / 2
         # A pixel shows what was where undoing the translation, then the rotation, leads.
         rows, columns = rows - middle_row - down, columns - middle_column - across
@@ -159,110 +154,4 @@ class Spatial(Attack):
         height, width, low = x.shape[2], x.shape[3], self.box[0]
         where = torch.stack([(2 * source_columns + 1) / width - 1, (2 * source_rows + 1) / height - 1], dim=3)
         found = low + F.grid_sample(x.to(eps.dtype) - low, where, padding_mode="zeros", align_corners=False)
-        return _moved(x, found, eps, self.box)
-
-
-@dataclass(frozen=True)
-class Flowing(AttackState):
-    """What a flow attack remembers.
-
-    Attributes:
-        flow: (B, 2, H, W) displacements in pixels, rows first, that lead to `point`.
-    """
-
-    flow: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flow(Attack):
-    """A smooth flow of the pixels (stAdv; Xiao et al. 2018), by projected gradient steps on the flow.
-
-    Each pixel shows what the input has at a place of its own nearby, up to eps pixels away along each axis: eps is the
-    largest absolute entry of the flow, in pixels, and eps = 0 returns the input bit for bit. It is not the radius of a
-    norm ball around x, and `norm` has no effect. Defined on images (B, C, H, W), which the flow does not leave.
-
-    The steps ascend loss - `tau` * roughness, where the roughness is the sum of ||flow(p) - flow(q)||_2 over all pairs
-    of pixels p, q next to each other in a row or column. Among the flows met, the one of highest loss that is
-    misclassified is returned, or else the one of highest loss.
-
-    What we do differently: the paper minimises roughness and margin together by L-BFGS, without a limit; here the flow
-    is bounded, so that eps says how far pixels may move, and steps go along the sign of the gradient.
-
-    Attributes:
-        steps: how many, >= 1; a run takes one more forward and input gradient to see where the last one led.
-        step_size: in pixels, or a `ScaledStep` that follows eps.
-        start: "none" (no flow), "uniform" (each entry in [-eps, eps]) or "gaussian" (0.001 * N(0, 1) pixels).
-        tau: how much the roughness counts, >= 0; 0 leaves every pixel on its own.
-        loss: what is ascended; (logits, y) -> (B,).
-    """
-
-    steps: int = 20
-    step_size: float | ScaledStep = field(default=ScaledStep())
-    start: Start = "none"
-    tau: float = 0.05
-    loss: Loss = losses.margin_loss
-
-    norm_bounded: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Refuse hyper-parameters that make no sense (`InputError`)."""
-        super().__post_init__()
-        checks.at_least("steps", self.steps, 1)
-        checks.at_least("tau", self.tau, 0)
-        checks.choice("start", self.start, ("uniform", "gaussian", "none"))
-        if isinstance(self.step_size, int | float):
-            checks.at_least("step_size", self.step_size, 0)
-
-    @property
-    def num_steps(self) -> int:
-        """The steps, and a look at where they led."""
-        return self.steps + 1
-
-    def init(self, inputs: AttackInputs) -> AttackState:
-        """Begin without flow, or at a random one.
-
-        Raises:
-            InputError: for inputs that are not images.
-        """
-        images_only(self, inputs.x)
-        x, eps = inputs.x, inputs.eps
-        still = eps.new_zeros(len(x), 2, *x.shape[2:])
-        flow = geometry.random_start(still, eps, "linf", self.start, inputs.noise.fold("flow"))
-        flow = self._inside(inputs, flow)
-        return Flowing.at(inputs, self._flown(inputs, flow), flow=flow)
-
-    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
-        """One forward and one input gradient at `state.point`, then one step of the flow."""
-        assert isinstance(state, Flowing)
-        ascended = inputs.loss(self.loss if loss is None else loss)
-        logits, value, gradient = input_gradient(model, state.point, ascended)
-        flow = state.flow.detach().requires_grad_()
-        with torch.enable_grad():
-            # The image's own gradient, led on to the flow that made it: no further pass of the model.
-            reached = (gradient * self._sampled(inputs, flow)).sum() - self.tau * roughness(flow).sum()
-            (uphill,) = torch.autograd.grad(reached, flow)
-        size = self.step_size(inputs.eps, self.steps) if callable(self.step_size) else self.step_size
-        stride = geometry.column(geometry.per_sample(size, flow), flow)
-        moved = state.flow + stride * geometry.steepest(uphill.nan_to_num(nan=0.0), "linf")
-        moved = self._inside(inputs, geometry.project(moved, inputs.eps, "linf"))
-        state = state.after(inputs, logits, value, cost=2)
-        return replace(state, point=self._flown(inputs, moved), flow=moved)
-
-    def _inside(self, inputs: AttackInputs, flow: Tensor) -> Tensor:
-        """The nearest flow that does not leave the image."""
-        rows, columns = _pixels(inputs.x, flow.dtype)
-        down, across = flow.unbind(1)
-        return torch.stack([down.clamp(-rows, rows.flip(1)), across.clamp(-columns, columns.flip(2))], dim=1)
-
-    def _sampled(self, inputs: AttackInputs, flow: Tensor) -> Tensor:
-        rows, columns = _pixels(inputs.x, flow.dtype)
-        return sampled(inputs.x.to(flow.dtype), rows + flow[:, 0], columns + flow[:, 1])
-
-    def _flown(self, inputs: AttackInputs, flow: Tensor) -> Tensor:
-        return _moved(inputs.x, self._sampled(inputs, flow), inputs.eps, self.box)
-
-
-def roughness(flow: Tensor) -> Tensor:
-    """How much a flow (B, 2, H, W) differs between neighbours: the sum of ||flow(p) - flow(q)||_2 over all, (B,)."""
-    pairs = flow.diff(dim=2).flatten(2), flow.diff(dim=3).flatten(2)
-    return (torch.cat(pairs, dim=2).square().sum(1) + _SMOOTH).sqrt().sum(1)
+        return input_where_eps_is_zero(x, found, eps, self.box)

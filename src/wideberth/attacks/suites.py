@@ -1,4 +1,4 @@
-"""Named line-ups of attacks: what a verdict is made of, in the order it is run."""
+"""Suites: named sequences of attacks, in the order in which an evaluation runs them."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from wideberth.attacks.pma import PMA
 from wideberth.attacks.square import Square
 from wideberth.checks import Box, Norm
 
-_NEAR = -0.02
-"""A probability margin within which bfloat16 might take a mistake for none: its noise moves one by about 0.01."""
+_BFLOAT16_MARGIN = -0.02
+"""Probability margins above this may have the wrong sign in bfloat16, whose rounding moves them by about 0.01."""
 
-_ABREAST = 3
-"""Runs side by side where nearly all samples stand them: what is left of a test set then fills its batches."""
+_PARALLEL = 3
+"""Restarts or targets in parallel, where nearly all samples need all of them: the last samples then fill a batch."""
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One attack of a line-up: on whom, and how exactly it need look.
+    """One attack of a suite: which samples it attacks, and how it runs.
 
     Attributes:
         attack: what is run.
-        near: only on samples that some attack has brought this close to a mistake, as a probability margin (the
-            largest other probability minus the label's, in [-1, 1], at a temperature at which that of the sample itself
-            is not saturated); None: on all that are unbroken. A condition on the sample alone, so that the verdict does
-            not depend on who else is judged.
-        precision: of the search; what it finds is judged in the model's own precision all the same. bfloat16 is for
-            models in float32 on machines that have arithmetic of its own for it, and leaves others as they are.
-        parallel_restarts: so many of a sample's runs (restarts, targets) go side by side: fuller batches where few samples are
-            left, for more evaluations on those that break in one of them.
+        margin_threshold: attack only samples for which an earlier attack has reached at least this probability margin
+            (the largest other probability minus the label's, in [-1, 1], at a temperature at which that of the clean
+            sample is not saturated); None: all samples that are not adversarial yet. It depends on the sample alone, so
+            that a result does not depend on the other samples.
+        precision: of the search; its results are verified in the model's own precision. bfloat16 is for models in
+            float32 on machines with bfloat16 arithmetic, and changes nothing elsewhere.
+        parallel_restarts: so many of a sample's jobs (restarts, targets) run in parallel: fuller batches where few
+            samples are left, for more evaluations on samples that succeed in one of them.
     """
 
     attack: Attack
-    near: float | None = None
+    margin_threshold: float | None = None
     precision: Precision = "float32"
     parallel_restarts: int = 1
 
@@ -80,10 +80,12 @@ def standard(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
     targeted = APGD(norm=norm, box=box, loss=ratio, targets=5 if l1 else 9, large_eps=l1)
     return {
         "APGD-CE": Stage(APGD(norm=norm, box=box, restarts=5 if l1 else 1, large_eps=l1), precision="bfloat16"),
-        "APGD-T": Stage(targeted, precision="bfloat16", parallel_restarts=_ABREAST),
-        "FAB-T": Stage(FAB(norm=norm, box=box, targets=9), precision="bfloat16", parallel_restarts=_ABREAST),
+        "APGD-T": Stage(targeted, precision="bfloat16", parallel_restarts=_PARALLEL),
+        "FAB-T": Stage(FAB(norm=norm, box=box, targets=9), precision="bfloat16", parallel_restarts=_PARALLEL),
         "Square": Stage(Square(norm=norm, box=box), precision="bfloat16"),
-        "APGD, float32": Stage(APGD(norm=norm, box=box, restarts=2, loss=losses.margin_loss), near=_NEAR),
+        "APGD, float32": Stage(
+            APGD(norm=norm, box=box, restarts=2, loss=losses.margin_loss), margin_threshold=_BFLOAT16_MARGIN
+        ),
     }
 
 
@@ -134,20 +136,23 @@ def fast(norm: Norm, box: Box, classes: int) -> dict[str, Attack | Stage]:
         return {
             "APGD margin": APGD(norm=norm, box=box, steps=30, loss=losses.margin_loss, large_eps=True),
             "APGD targeted": Stage(
-                APGD(norm=norm, box=box, steps=30, loss=losses.margin_loss, large_eps=True, targets=3), near=-0.7
+                APGD(norm=norm, box=box, steps=30, loss=losses.margin_loss, large_eps=True, targets=3),
+                margin_threshold=-0.7,
             ),
-            "Square": Stage(Square(norm=norm, box=box, queries=1000), near=-0.3),
+            "Square": Stage(Square(norm=norm, box=box, queries=1000), margin_threshold=-0.3),
         }
     return {
         "PMA": Stage(PMA(norm=norm, box=box, steps=20, diverse=0), precision="bfloat16"),
-        "PMA diverse": Stage(PMA(norm=norm, box=box, steps=20, diverse=5, restarts=8), near=-0.9, precision="bfloat16"),
+        "PMA diverse": Stage(
+            PMA(norm=norm, box=box, steps=20, diverse=5, restarts=8), margin_threshold=-0.9, precision="bfloat16"
+        ),
         "APGD margin": Stage(
             APGD(norm=norm, box=box, restarts=3, loss=losses.margin_loss),
-            near=-0.12,
+            margin_threshold=-0.12,
             precision="bfloat16",
             parallel_restarts=3,
         ),
-        "Square": Stage(Square(norm=norm, box=box, queries=1000), near=-0.3, precision="bfloat16"),
+        "Square": Stage(Square(norm=norm, box=box, queries=1000), margin_threshold=-0.3, precision="bfloat16"),
     }
 
 

@@ -24,8 +24,8 @@ _LEAST = 1e-280
 
 
 @dataclass(frozen=True)
-class Transporting(AttackState):
-    """What a Wasserstein attack carries from one projection to the next, which begins where the last one ended.
+class WassersteinState(AttackState):
+    """The state of the Wasserstein attack: each projection begins at the dual variables of the last one.
 
     Attributes:
         potential: (B, C, H, W) float64, how much mass each pixel draws.
@@ -37,7 +37,7 @@ class Transporting(AttackState):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wasserstein(Attack):
+class Wasserstein(Attack[WassersteinState]):
     """Projected gradient ascent in a Wasserstein ball (Wong et al. 2019), by projected Sinkhorn iterations.
 
     An image is mass, its values above the low face of the box. The ball holds the images that arise from x by moving
@@ -58,7 +58,7 @@ class Wasserstein(Attack):
 
     Attributes:
         norm: of the gradient step: "l2" follows its direction, "linf" its sign (the paper's choice, and weaker).
-        steps: how many, >= 1; a run takes one more forward and input gradient to see where the last one led.
+        steps: how many, >= 1; the point of the last one takes one more forward and input gradient.
         step_size: root mean square of a step over the entries, in units of the image's mean mass, > 0.
         order: power of the distance that the cost is, > 0.
         window: side of the square that mass moves in, odd, >= 3.
@@ -95,11 +95,11 @@ class Wasserstein(Attack):
 
     @property
     def num_steps(self) -> int:
-        """The steps, and a look at where they led."""
+        """The steps, and a query of the last point."""
         return self.steps + 1
 
-    def init(self, inputs: AttackInputs) -> AttackState:
-        """Begin at the clean images.
+    def init(self, inputs: AttackInputs) -> WassersteinState:
+        """At the clean image.
 
         Raises:
             InputError: for inputs that are not images.
@@ -107,13 +107,11 @@ class Wasserstein(Attack):
         images_only(self, inputs.x)
         potential = torch.zeros_like(inputs.x, dtype=torch.float64)
         price = torch.ones_like(inputs.eps, dtype=torch.float64)
-        return Transporting.at(inputs, inputs.x, potential=potential, price=price)
+        return WassersteinState.initial(inputs, inputs.x, potential=potential, price=price)
 
-    def step(self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: Loss | None = None) -> AttackState:
+    def update(self, model: nn.Module, inputs: AttackInputs, state: WassersteinState) -> WassersteinState:
         """One forward and one input gradient at `state.point`, then a step that is projected onto the ball."""
-        assert isinstance(state, Transporting)
-        ascended = inputs.loss(self.loss if loss is None else loss)
-        logits, value, gradient = input_gradient(model, state.point, ascended)
+        logits, loss, gradient = input_gradient(model, state.point, inputs.attack_loss(self.loss))
         x, low, high = inputs.x.double(), *self.box
         unit = (x - low).mean((1, 2, 3), keepdim=True)
         dark = unit <= 0
@@ -128,7 +126,7 @@ class Wasserstein(Attack):
         delta = (ball.carried(potential, price) - mass) * unit
         found = geometry.inward(inputs.x, delta).clamp(*self.box)
         still = dark | geometry.column(inputs.eps == 0, x)
-        state = state.after(inputs, logits, value, cost=2)
+        state = state.recorded(inputs, logits, loss, cost=2)
         return replace(state, point=torch.where(still, inputs.x, found), potential=potential, price=price)
 
 

@@ -264,7 +264,11 @@ def _stages(samples: pd.DataFrame, line_up: Mapping[str, Stage], seconds: list[f
         left -= float((samples["clean_correct"] & (samples["attack"] == name)).mean())
         settings = describe(stage.attack)
         told.append({"name": name, "robust_accuracy": left, "seconds": spent, "settings": settings})
-        told[-1] |= {"near": stage.near, "precision": stage.precision, "parallel_restarts": stage.parallel_restarts}
+        told[-1] |= {
+            "margin_threshold": stage.margin_threshold,
+            "precision": stage.precision,
+            "parallel_restarts": stage.parallel_restarts,
+        }
     return told
 
 

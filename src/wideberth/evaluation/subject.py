@@ -160,7 +160,7 @@ class Subject:
         model = self.stand_in if by is None else by
         radius = self.eps if eps is None else eps
         seed = fold(self.seed, *words)
-        found = attack(model, self.x, self.y, eps=radius, index=self.where, seed=seed, judge=False)
+        found = attack(model, self.x, self.y, eps=radius, index=self.where, seed=seed, check_success=False)
         return self.judged(found.x)
 
     def _settled(self) -> None:

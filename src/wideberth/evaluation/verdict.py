@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from wideberth import geometry, losses
 from wideberth.attacks.base import Attack
-from wideberth.attacks.schedule import Left, Schedule
+from wideberth.attacks.restarts import jobs_of
+from wideberth.attacks.schedule import Jobs, Schedule
 from wideberth.attacks.state import AttackInputs
 from wideberth.attacks.suites import Stage
 from wideberth.checks import Box, InputError, Norm
@@ -220,30 +221,31 @@ def _run_stage(
 ) -> None:
     attack, began, before = stage.attack, time.monotonic(), float(ledger.seconds[place])
     correct = ~losses.misclassified(case.logits, case.y)
-    runs = len(attack.runs(case.logits.shape[1]))
+    jobs = len(jobs_of(attack, case.logits.shape[1]))
     wanted = correct & ~ledger.broken if case.bounded else correct.clone()
-    if stage.near is not None:
-        wanted &= ledger.closest >= stage.near
-    ledger.due[~wanted] = runs
+    if stage.margin_threshold is not None:
+        wanted &= ledger.closest >= stage.margin_threshold
+    ledger.due[~wanted] = jobs
     eps = geometry.per_sample(case.eps, case.x)
     inputs = AttackInputs(case.x, case.y, eps, Noise(case.index, fold(case.seed, name)))
     likely = losses.likeliest(case.logits, case.y) if attack.targets else None
     saved = began
     with lent(case.model):
+        device = next((p.device for p in case.model.parameters()), case.x.device)
         schedule = Schedule(
             asked,
             attack,
-            inputs,
-            runs=runs,
+            lambda rows: inputs.rows(rows).to(device),
+            ledger.due,  # shared: what the schedule counts up is what is saved
+            jobs=jobs,
             batch_size=batch_size,
-            likely=likely,
-            run=ledger.due,  # shared: what the schedule counts up is what is saved
+            ranked=likely,
             parallel_restarts=stage.parallel_restarts,
         )
         while schedule.busy:
             for left in schedule.step():
                 held = _judge(case, place, attack, ledger, left)
-                ledger.evaluations[left.rows] += schedule.judged(left, held)
+                ledger.evaluations[left.sample] += schedule.confirm(left, held)
             now = time.monotonic()
             ledger.seconds[place] = before + now - began
             if watch is not None:
@@ -253,9 +255,9 @@ def _run_stage(
                 saved = now
 
 
-def _judge(case: Case, place: int, attack: Attack, ledger: Ledger, left: Left) -> Tensor:
+def _judge(case: Case, place: int, attack: Attack, ledger: Ledger, left: Jobs) -> Tensor:
     """See again what the runs that have ended offer; enter it, and return which are to go on, (n,) bool."""
-    rows = left.rows
+    rows = left.sample
     points = attack.result(left.state)
     x, y = case.x[rows].to(points.device), case.y[rows].to(points.device)
     with judging(case.model, points):
@@ -271,7 +273,7 @@ def _judge(case: Case, place: int, attack: Attack, ledger: Ledger, left: Left) -
     better = wrong & (distance < ledger.distance[rows])
     won = rows[better]
     ledger.broken[won] = True
-    ledger.stage[won], ledger.run[won] = place, left.run[better]
+    ledger.stage[won], ledger.run[won] = place, left.job[better]
     ledger.step[won] = left.state.iteration.cpu()[better]
     ledger.found[won] = points.cpu()[better].to(ledger.found.dtype)
     ledger.predicted[won] = losses.predictions(logits).cpu()[better]

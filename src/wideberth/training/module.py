@@ -14,9 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wideberth import losses
-from wideberth.attacks import PGD
-from wideberth.attacks.base import Attack
-from wideberth.attacks.state import AttackInputs
+from wideberth.attacks import PGD, Attack, AttackInputs, perturb_batch
 from wideberth.checks import Box, InputError
 from wideberth.data.augment import Augmentation
 from wideberth.evaluation.verify import judging, verify
@@ -276,7 +274,7 @@ class RobustTraining(L.LightningModule):
         """Whether each sample stands `attack` at the nominal radius, (B,) bool; what breaks it is seen again."""
         eps = torch.full((len(y),), self.radius.eval_eps(), device=x.device)
         with lent(self.model):
-            found = attack.perturb(self.model, AttackInputs(x, y, eps, noise), judge=False).x
+            found = perturb_batch(attack, self.model, AttackInputs(x, y, eps, noise), check_success=False).x
         if attack.norm_bounded:
             return ~verify(self.model, x, y, found, eps, attack.norm, attack.box)
         with judging(self.model, x):

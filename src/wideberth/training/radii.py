@@ -237,8 +237,8 @@ class InstanceAdaptive(Radius):
         self._remember(step, moved)
 
     def _lookahead(self, step: Step, radius: Tensor) -> Tensor:
-        now = step.attack(radius, "lookahead now", judge=True).success
-        further = step.attack(radius + self.gamma, "lookahead further", judge=True).success
+        now = step.attack(radius, "lookahead now", check_success=True).success
+        further = step.attack(radius + self.gamma, "lookahead further", check_success=True).success
         assert now is not None
         assert further is not None
         # What is wrong at the clean input holds nowhere, even where an attack happens to put it right.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import losses
-from wideberth.attacks.base import Adversarial, Attack
-from wideberth.attacks.state import AttackInputs
+from wideberth.attacks import Adversarial, Attack, AttackInputs, perturb_batch
 from wideberth.checks import Box, Norm
 from wideberth.losses import Loss
 from wideberth.modes import Mode, lent
@@ -64,8 +63,9 @@ class Step:
         """Whether the clean input is classified correctly, (B,) bool."""
         return ~losses.misclassified(self.clean_logits, self.y)
 
-    def attack(self, eps: Tensor, purpose: str = "attack", *, judge: bool = False) -> Adversarial:
+    def attack(self, eps: Tensor, purpose: str = "attack", *, check_success: bool = False) -> Adversarial:
         """The training attack within `eps` (B,), on noise of its own for each purpose."""
-        inputs = AttackInputs(self.x, self.y, eps, self.noise.fold(purpose))
+        noise = self.noise.fold(purpose)
+        inputs = AttackInputs(self.x, self.y, eps, noise, loss=self.attack_loss)
         with lent(self.model, self.attack_mode):
-            return self.training_attack.perturb(self.model, inputs, loss=self.attack_loss, judge=judge)
+            return perturb_batch(self.training_attack, self.model, inputs, check_success=check_success)

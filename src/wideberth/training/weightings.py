@@ -116,6 +116,6 @@ class GAIRAT(Weighting):
             raise checks.InputError("weighting=GAIRAT: nothing was attacked, and no steps can be counted")
         if step.epoch < self.start:
             return torch.ones_like(terms.losses)
-        held = step.found.steps_survived.to(terms.losses.dtype) / step.found.iterates
+        held = step.found.steps_survived.to(terms.losses.dtype) / step.found.num_iterates
         # (1 + tanh(a)) / 2 is sigmoid(2 a), without the digits that the sum loses.
         return of_mean_one(F.logsigmoid(2 * (self.shift + 5 * (1 - 2 * held))))
