@@ -10,11 +10,11 @@ import pytest
 import torch
 from attack_oracles import Counting, linear, network, predicted
 from torch import Tensor, nn
+from wideberth.attacks.pgd import PGD
 
 from wideberth import geometry, losses
-from wideberth.attacks.apgd import APGD, Ascent, checkpoints, l1_checkpoints, stages
+from wideberth.attacks.apgd import APGD, APGDState, checkpoints, l1_checkpoints, stages
 from wideberth.attacks.drivers import run_steps
-from wideberth.attacks.pgd import PGD
 from wideberth.attacks.state import AttackInputs
 from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
@@ -26,7 +26,7 @@ each_norm = pytest.mark.parametrize("norm", list(DUAL))
 
 
 def inputs_of(x: Tensor, y: Tensor, eps: float | Tensor, target: Tensor | None = None) -> AttackInputs:
-    return AttackInputs(x, y, geometry.per_sample(eps, x), Noise(torch.arange(len(x))), target, strict=False)
+    return AttackInputs(x, y, geometry.per_sample(eps, x), Noise(torch.arange(len(x))), target, target_only=False)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -84,7 +84,7 @@ def first_logit(logits: Tensor, y: Tensor) -> Tensor:
     return logits[:, 0]
 
 
-def sizes(script: list[list[float]], steps: int = 100) -> tuple[Tensor, list[Ascent]]:
+def sizes(script: list[list[float]], steps: int = 100) -> tuple[Tensor, list[APGDState]]:
     """Step sizes (rows, iterations) after each look at a loss of the script, and all states."""
     losses_seen = torch.tensor(script, dtype=torch.float64)
     assert losses_seen.shape[1] == steps + 1
@@ -94,7 +94,7 @@ def sizes(script: list[list[float]], steps: int = 100) -> tuple[Tensor, list[Asc
     states = [attack.init(inputs)]
     for _ in range(attack.num_steps):
         states.append(attack.update(model, inputs, states[-1]))
-    return torch.stack([state.size for state in states[1:]], dim=1), states
+    return torch.stack([state.step_size for state in states[1:]], dim=1), states
 
 
 def halvings(size: Tensor) -> list[list[int]]:
@@ -144,11 +144,11 @@ def test_a_halved_row_goes_back_to_its_best_point_and_the_gradient_there() -> No
     size, states = sizes([fall, rise])
     assert size[:, 22].tolist() == [1, 2]
     before, after = states[22], states[23]
-    assert torch.equal(after.previous[0], states[0].point[0])
-    assert not torch.equal(after.previous[0], before.point[0])
-    assert torch.equal(after.previous[1], before.point[1])
+    assert torch.equal(after.origin[0], states[0].point[0])
+    assert not torch.equal(after.origin[0], before.point[0])
+    assert torch.equal(after.origin[1], before.point[1])
     # From there: a full step up the gradient, then three quarters of it and a quarter of the (backward) move.
-    start, last = states[0].point[0], before.previous[0]
+    start, last = states[0].point[0], before.origin[0]
     stepped = (start + 1.0).clamp(-1, 1)
     expected = (start + 0.75 * (stepped - start) + 0.25 * (start - last)).clamp(-1, 1)
     torch.testing.assert_close(after.point[0], expected)
@@ -171,19 +171,19 @@ def test_l1_follows_the_sparsity_of_the_best_point() -> None:
     for iteration in range(101):
         old, state = state, attack.update(model, inputs, state)
         if iteration in l1_checkpoints(100):
-            support = int(((state.best - inputs.x).abs() > 1e-9).sum())
+            support = int(((state.highest_point - inputs.x).abs() > 1e-9).sum())
             sparser = support < 0.95 * int(old.support)
             assert state.support.tolist() == [support]
             stuck = support == old.active.item() == 2
             assert state.active.tolist() == [1 if stuck else math.ceil(2 * support / 3)]
-            expected = 1.0 if sparser else max(float(old.size) / 1.5, 0.1)
-            assert state.size.item() == pytest.approx(expected)
+            expected = 1.0 if sparser else max(float(old.step_size) / 1.5, 0.1)
+            assert state.step_size.item() == pytest.approx(expected)
             if sparser:
-                assert torch.equal(state.previous, state.best)
+                assert torch.equal(state.origin, state.highest_point)
         else:
-            assert torch.equal(state.size, old.size)
+            assert torch.equal(state.step_size, old.step_size)
             assert torch.equal(state.active, old.active)
-    assert (int(state.support), state.size.item()) == (1, pytest.approx(0.1))
+    assert (int(state.support), state.step_size.item()) == (1, pytest.approx(0.1))
 
 
 def test_l1_entries_that_came_back_but_for_rounding_do_not_count() -> None:
@@ -192,7 +192,7 @@ def test_l1_entries_that_came_back_but_for_rounding_do_not_count() -> None:
     attack = APGD(norm="l1", steps=30)
     best = torch.tensor([[0.1] * 3 + [1e-8] * 7])
     begun = attack.update(model, inputs, attack.init(inputs))
-    state = attack.update(model, inputs, replace(begun, best=best, highest_loss=torch.tensor([math.inf])))
+    state = attack.update(model, inputs, replace(begun, highest_point=best, highest_loss=torch.tensor([math.inf])))
     assert state.iteration.tolist() == [2]  # the first checkpoint is behind it
     assert (state.support.tolist(), state.active.tolist()) == ([3], [2])
 
@@ -203,7 +203,7 @@ def test_l1_where_two_are_left_one_moves_every_other_time() -> None:
     best = torch.tensor([[0.1, 0.1] + [0.0] * 8])
     state, active = attack.update(model, inputs, attack.init(inputs)), []
     for _ in range(4):
-        still = replace(state, best=best, highest_loss=torch.tensor([math.inf]))
+        still = replace(state, highest_point=best, highest_loss=torch.tensor([math.inf]))
         state = attack.update(model, inputs, still)
         active += state.active.tolist()
     assert active == [1, 2, 1, 2]
@@ -234,13 +234,13 @@ def wavy_problem(entries: int, eps: float, aimed: bool) -> AttackInputs:
     return inputs_of(x, y, eps, losses.likeliest(wavy(x), y)[:, 1] if aimed else None)
 
 
-def from_start(attack: APGD, inputs: AttackInputs) -> list[Ascent]:
+def from_start(attack: APGD, inputs: AttackInputs) -> list[APGDState]:
     """The states of a run from a point on the boundary that is known to the last digit."""
     order = {"linf": math.inf, "l2": 2, "l1": 1}[attack.norm]
     direction = wave(*inputs.x.shape, pace=3.1)
     radius = (3 if attack.large_eps else 1) * inputs.eps[:, None]
     start = (inputs.x + radius * direction / direction.norm(p=order, dim=1, keepdim=True)).clamp(0, 1)
-    states = [replace(attack.init(inputs), point=start, previous=start)]
+    states = [replace(attack.init(inputs), point=start, origin=start)]
     for _ in range(attack.num_steps):
         states.append(attack.update(Wavy(), inputs, states[-1]))
     return states
@@ -322,7 +322,7 @@ def test_l1_asks_about_the_points_of_the_paper(aimed: bool, large_eps: bool) -> 
     states = from_start(APGD(norm="l1", steps=50, loss=loss, large_eps=large_eps), inputs)
     for row in range(4):
         alone = inputs.rows(torch.tensor([row]))
-        ascended = alone.loss(loss)
+        ascended = alone.attack_loss(loss)
 
         def ask(point: Tensor, ascended: Callable[[Tensor], Tensor] = ascended) -> tuple[float, Tensor]:
             asked = point[None].requires_grad_()
@@ -336,7 +336,7 @@ def test_l1_asks_about_the_points_of_the_paper(aimed: bool, large_eps: bool) -> 
             points += asked
         ours = torch.stack([state.point[row] for state in states[:-1]])
         torch.testing.assert_close(ours, torch.stack(points), rtol=0, atol=1e-9)
-        torch.testing.assert_close(states[-1].best[row], best, rtol=0, atol=1e-9)
+        torch.testing.assert_close(states[-1].highest_point[row], best, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("norm", "large_eps"), [("linf", False), ("l2", False), ("l1", False), ("l1", True)])
@@ -349,11 +349,11 @@ def test_reaches_the_worst_loss_of_the_ball(norm: Norm, large_eps: bool) -> None
     inputs = inputs_of(x, y, eps)
     state = run_steps(attack, model, inputs)
     worst = losses.logit_margin(predicted(model, x), y) - eps * (weight[0] - weight[1]).norm(p=DUAL[norm])
-    torch.testing.assert_close(losses.logit_margin(predicted(model, state.best), y), worst, rtol=0, atol=1e-6)
+    torch.testing.assert_close(losses.logit_margin(predicted(model, state.highest_point), y), worst, rtol=0, atol=1e-6)
     assert torch.equal(state.adversarial, worst <= 0)
     held = worst > 0
     assert 0 < held.sum() < 9
-    assert torch.equal(state.best[held], state.best[held])
+    assert torch.equal(state.best[held], state.highest_point[held])
 
 
 def test_reaches_the_worst_corner_of_ball_and_box() -> None:
@@ -362,7 +362,7 @@ def test_reaches_the_worst_corner_of_ball_and_box() -> None:
     x = torch.rand(9, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     corner = (x + 0.4 * (weight[1 - y] - weight[y]).sign()).clamp(0, 1)
     state = run_steps(APGD(), linear(weight), inputs_of(x, y, 0.4))
-    torch.testing.assert_close(state.best, corner, rtol=0, atol=1e-9)
+    torch.testing.assert_close(state.highest_point, corner, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -424,7 +424,7 @@ def test_starts_on_the_boundary() -> None:
         torch.testing.assert_close(geometry.norm(attack.init(inputs).point, norm), eps)
     large = APGD(norm="l1", box=WIDE, large_eps=True).init(inputs)
     torch.testing.assert_close(geometry.norm(large.point, "l1")[:20], 3 * eps[:20])
-    assert torch.equal(large.kept, x)
+    assert torch.equal(large.best, x)
 
 
 @each_norm
@@ -445,7 +445,16 @@ def test_rows_at_different_iterations_do_what_they_do_alone(norm: Norm) -> None:
     late_state = together.rows(torch.arange(3, 6))
     for _ in range(5):
         late_state = attack.update(model, late, late_state)
-    for name in ("kept", "value", "broken", "steps_survived", "best", "best_value", "iteration", "spent"):
+    for name in (
+        "best",
+        "best_loss",
+        "adversarial",
+        "steps_survived",
+        "highest_point",
+        "highest_loss",
+        "iteration",
+        "evaluations",
+    ):
         found = torch.cat([getattr(together, name)[:3], getattr(late_state, name)])
         torch.testing.assert_close(found, getattr(alone, name), rtol=0, atol=1e-9, msg=name)
 
@@ -488,7 +497,7 @@ def test_logits_that_are_no_numbers_leave_the_points_alone(norm: Norm) -> None:
     x = torch.zeros(8, 3, dtype=torch.float64)
     inputs = inputs_of(x, torch.zeros(8, dtype=torch.int64), 0.5)
     state = run_steps(APGD(norm=norm, box=(-1.0, 1.0), steps=20), Holes(), inputs)
-    for point in (state.best, state.point, state.best):
+    for point in (state.best, state.point, state.highest_point):
         assert point.isfinite().all()
         assert (geometry.norm(point, norm) <= 0.5 + 1e-9).all()
 

@@ -335,7 +335,12 @@ def test_result_has_the_kind_of_the_input(row: Row, norm: Norm, dtype: torch.dty
     found = case.perturb(row, norm)
     assert (found.x.dtype, found.x.device, found.x.shape) == (dtype, case.x.device, case.x.shape)
     assert not found.x.requires_grad
-    kinds = {"success": torch.bool, "steps_survived": torch.int64, "evaluations": torch.int64, "iterates": torch.int64}
+    kinds = {
+        "success": torch.bool,
+        "steps_survived": torch.int64,
+        "evaluations": torch.int64,
+        "num_iterates": torch.int64,
+    }
     for name, kind in kinds.items():
         value = getattr(found, name)
         assert (value.dtype, tuple(value.shape)) == (kind, (BATCH,))

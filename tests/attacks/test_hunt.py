@@ -322,7 +322,7 @@ class Case:
 
     def perturb(self, rows: list[int] | None = None) -> Adversarial:
         """Of all rows or some; an infinite radius, which a call refuses, is what an evaluation gives a inputs."""
-        inputs = self.problem if rows is None else self.inputs.rows(torch.tensor(rows))
+        inputs = self.inputs if rows is None else self.inputs.rows(torch.tensor(rows))
         if inputs.eps.isinf().any():
             with lent(self.model):
                 return perturb_batch(self.attack, self.model, inputs, check_success=self.judge)
@@ -391,7 +391,7 @@ def assert_same(one: Adversarial, other: Adversarial, atol: float = 0) -> None:
 
 def broken(case: Case) -> Tensor:
     """Which rows an evaluation breaks, (B,) bool: by continuous batching, each ended run judged as a verdict does."""
-    attack, inputs = case.attack, case.problem
+    attack, inputs = case.attack, case.inputs
     ranked = None if case.aimed or not attack.targets else losses.likeliest(case.asked(case.x), case.y)
     found = torch.zeros_like(inputs.y, dtype=torch.bool)
     with lent(case.model):

@@ -237,7 +237,7 @@ def test_rows_at_different_stages_share_a_batch(method: Method, norm: Norm) -> N
         rest = torch.tensor([5, 3, 4])
         rest_state = stepped(both.rows(rest), inputs.rows(rest), 17)
     assert both.iteration.tolist() == [90] * 3 + [73] * 3
-    for name in ("kept", "value", "point", "spent", "steps_survived"):
+    for name in ("best", "best_loss", "point", "evaluations", "steps_survived"):
         torch.testing.assert_close(getattr(both, name)[:3], getattr(alone[0], name))
         torch.testing.assert_close(getattr(rest_state, name), getattr(alone[1], name)[rest - 3])
 

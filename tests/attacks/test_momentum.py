@@ -150,7 +150,7 @@ def test_rows_that_join_later_do_what_they_do_alone() -> None:
     state = state.rows(torch.arange(2, 4))
     for _ in range(3):
         state = attack.update(model, late, state)
-    for name in ("kept", "point", "momentum", "iteration", "spent"):
+    for name in ("best", "point", "momentum", "iteration", "evaluations"):
         torch.testing.assert_close(getattr(state, name), getattr(alone, name)[2:], rtol=0, atol=1e-12)
 
 

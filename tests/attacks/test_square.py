@@ -99,7 +99,7 @@ def test_every_position_is_drawn_and_as_often(dtype: torch.dtype) -> None:
     where[0], where[1] = 0, 1 - torch.finfo(dtype).eps / 2  # the largest number that is drawn
     window = plan.draw(torch.zeros(len(where), dtype=torch.int64), where, 7, 9)
     side = int(window.rows[0])
-    for first, length in ((window.top, 7), (window.ended, 9)):
+    for first, length in ((window.top, 7), (window.left, 9)):
         share = first.bincount(minlength=length - side + 1) / len(where)
         torch.testing.assert_close(share, torch.full((length - side + 1,), 1 / (length - side + 1)), rtol=0.1, atol=0)
 

@@ -29,7 +29,7 @@ TARGETED = PGD(steps=1, targets=2, restarts=2, step_size=0.03, loss=losses.margi
 LINE_UP: dict[str, Attack | Stage] = {
     "PGD targeted": Stage(TARGETED, parallel_restarts=3),
     "PGD": PGD(steps=2, restarts=3, step_size=0.04, keep="worst"),
-    "PMA, near": Stage(PMA(steps=4, diverse=2, restarts=2), near=-0.5),
+    "PMA, near": Stage(PMA(steps=4, diverse=2, restarts=2), margin_threshold=-0.5),
     "Square": Square(queries=20, rescaled=True),
     "Square, side by side": Stage(Square(queries=20, rescaled=True, restarts=2), parallel_restarts=2),
 }
