@@ -10,11 +10,11 @@ import pytest
 import torch
 from attack_oracles import Counting, linear, network, predicted
 from torch import Tensor, nn
-from wideberth.attacks.pgd import PGD
 
 from wideberth import geometry, losses
 from wideberth.attacks.apgd import APGD, APGDState, checkpoints, l1_checkpoints, stages
 from wideberth.attacks.drivers import run_steps
+from wideberth.attacks.pgd import PGD
 from wideberth.attacks.state import AttackInputs
 from wideberth.checks import InputError, Norm
 from wideberth.losses import Loss
