@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from wideberth.acceleration import optimised_copy
 from wideberth.checks import InputError
 from wideberth.models import MLP, CosineHead, MahalanobisHead, last_layer
 from wideberth.models.heads import simplex
-from wideberth.models.stand_in import fused, narrowed
 
 FEATURES = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
 
@@ -109,11 +109,11 @@ def test_centres_are_no_parameters_but_travel_with_the_weights() -> None:
 
 
 @pytest.mark.parametrize("name", ["cosine", "mahalanobis"])
-def test_search_stand_ins_answer_alike(name: str) -> None:
+def test_the_optimised_copies_agree(name: str) -> None:
     torch.manual_seed(0)
     model, x = MLP((1, 8, 8), hidden=(16, 12), head=name).eval(), torch.rand(5, 1, 8, 8)
-    for stand_in in (fused(model, x), narrowed(model, x)):
-        torch.testing.assert_close(stand_in(x), model(x), rtol=0, atol=0.3)
+    for copy in (optimised_copy(model, x), optimised_copy(model, x, "bfloat16")):
+        torch.testing.assert_close(copy(x), model(x), rtol=0, atol=0.3)
 
 
 @pytest.mark.parametrize(

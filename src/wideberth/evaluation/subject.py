@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from wideberth import checks, geometry, losses
+from wideberth.acceleration import optimised_copy
 from wideberth.attacks import FGSM, PGD, Attack
 from wideberth.checks import Box, InputError, Norm
 from wideberth.losses import Loss
-from wideberth.models.stand_in import fused
 from wideberth.modes import lent
 from wideberth.randomness import Noise, fold, permutation
 
@@ -143,7 +143,7 @@ class Subject:
     @cached_property
     def stand_in(self) -> nn.Module:
         """What attacks ask in the model's place: the same function, faster where there is a way."""
-        return fused(self.model, self.x)
+        return optimised_copy(self.model, self.x)
 
     def judged(self, points: Tensor) -> Reached:
         """How far these points got, as the model itself sees them."""

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wideberth import geometry, losses
+from wideberth.acceleration import optimised_copy
 from wideberth.attacks.base import Attack
 from wideberth.attacks.restarts import jobs_of
 from wideberth.attacks.schedule import Jobs, Schedule
@@ -28,7 +29,6 @@ from wideberth.attacks.state import AttackInputs
 from wideberth.attacks.suites import Stage
 from wideberth.checks import Box, InputError, Norm
 from wideberth.evaluation.verify import TOLERANCE, inside, judging
-from wideberth.models.stand_in import fused, narrowed
 from wideberth.modes import lent
 from wideberth.randomness import Noise, fold
 from wideberth.runs import write_atomically
@@ -190,9 +190,9 @@ def search(
     """
     device = next((p.device for p in case.model.parameters()), case.x.device)
     few = case.x[:_COMPARED].to(device)
-    asked = {"float32": fused(case.model, few)}
+    asked = {"float32": optimised_copy(case.model, few)}
     if any(stage.precision == "bfloat16" for stage in stages.values()):
-        asked["bfloat16"] = narrowed(asked["float32"], few)
+        asked["bfloat16"] = optimised_copy(case.model, few, "bfloat16")
     try:
         for place, (name, stage) in enumerate(stages.items()):
             if place < int(ledger.under_way):

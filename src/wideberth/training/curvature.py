@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-Settings: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
-"""Stride, padding and dilation by axis, and groups, of a convolution."""
+from wideberth.acceleration.transposed_convolution import Settings, convolution_gradients
 
 
 class _Gate(torch.autograd.Function):
@@ -101,7 +100,7 @@ class _InputGradient(torch.autograd.Function):
     def forward(ctx: Any, gradient: Tensor, weight: Tensor, x: Tensor, settings: Settings) -> Tensor:
         ctx.save_for_backward(gradient, weight)
         ctx.settings = settings
-        found: Tensor = _convolution_gradients(gradient, x, weight, settings, (True, False, False))[0]
+        found: Tensor = convolution_gradients(gradient, x, weight, settings, (True, False, False))[0]
         return found
 
     @staticmethod
@@ -109,7 +108,7 @@ class _InputGradient(torch.autograd.Function):
         gradient, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.settings
         to_gradient = F.conv2d(second, weight, None, stride, padding, dilation, groups)
-        to_weight = _convolution_gradients(gradient, second, weight, ctx.settings, (False, True, False))[1]
+        to_weight = convolution_gradients(gradient, second, weight, ctx.settings, (False, True, False))[1]
         return to_gradient, to_weight, None, None
 
 
@@ -128,7 +127,7 @@ class _Convolution(torch.autograd.Function):
         to_x = _InputGradient.apply(gradient, weight, x.detach(), ctx.settings) if ctx.needs_input_grad[0] else None
         to_weight = to_bias = None
         if ctx.needs_input_grad[1] and _asked_for(ctx.next_functions[1][0]):
-            to_weight = _convolution_gradients(gradient, x, weight, ctx.settings, (False, True, False))[1]
+            to_weight = convolution_gradients(gradient, x, weight, ctx.settings, (False, True, False))[1]
         if ctx.biased and ctx.needs_input_grad[2] and _asked_for(ctx.next_functions[2][0]):
             to_bias = gradient.sum((0, 2, 3))
         return to_x, to_weight, to_bias, None
@@ -144,15 +143,6 @@ def _asked_for(node: Any) -> bool:
         return ask is None or bool(ask(node))
     except RuntimeError:  # torch's way of saying that the node is one that `autograd.grad` was asked for
         return True
-
-
-def _convolution_gradients(
-    gradient: Tensor, x: Tensor, weight: Tensor, settings: Settings, wanted: tuple[bool, bool, bool]
-) -> Any:
-    stride, padding, dilation, groups = settings
-    return torch.ops.aten.convolution_backward(
-        gradient, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
-    )
 
 
 def _conv2d(

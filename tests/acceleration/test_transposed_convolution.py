@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from wideberth.models.transposed import Transposed
+from wideberth.acceleration.transposed_convolution import TransposedConvolution
 
 
 def whole(*shape: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_says_what_autograd_says(
     gradient = whole(*output.shape)
     (expected,) = torch.autograd.grad(output, x, gradient)
     with torch.no_grad():
-        assert torch.equal(Transposed(layer, plain)(gradient, x), expected)
+        assert torch.equal(TransposedConvolution(layer, plain)(gradient, x), expected)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_blocks_are_used_where_they_pay(
     channels: int, stride: int, size: tuple[int, int], plain: bool, block: int | None
 ) -> None:
     layer = nn.Conv2d(channels, 4, 3, stride, 1)
-    assert Transposed(layer, plain).block(torch.Size(size)) == block
+    assert TransposedConvolution(layer, plain).block_side(torch.Size(size)) == block
 
 
 @pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}, {"padding": "same"}, {"padding_mode": "circular"}])
 def test_leaves_other_convolutions_to_torch(options: dict[str, object]) -> None:
-    assert Transposed(nn.Conv2d(2, 4, 3, **options)).block(torch.Size((8, 8))) is None
+    assert TransposedConvolution(nn.Conv2d(2, 4, 3, **options)).block_side(torch.Size((8, 8))) is None
