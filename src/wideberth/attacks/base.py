@@ -9,7 +9,6 @@ attack for nothing but these functions and the traits that its class declares.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeAlias, final
 
@@ -19,7 +18,9 @@ from typing_extensions import TypeVar
 
 from wideberth import checks, geometry
 from wideberth.attacks.state import AttackInputs, AttackState
-from wideberth.checks import Box, InputError, Norm
+from wideberth.checks import Box, Norm
+from wideberth.gradients import input_gradient as input_gradient
+from wideberth.gradients import raw_input_gradient as raw_input_gradient
 from wideberth.modes import Mode, lent
 from wideberth.randomness import Noise
 
@@ -45,53 +46,6 @@ class Adversarial:
     steps_survived: Tensor
     evaluations: Tensor
     num_iterates: Tensor
-
-
-def input_gradient(
-    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], draws: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward and one input gradient: logits (B, K), losses (B,), gradient of each row's own loss (B, ...).
-
-    The gradient is the caller's own, to work on in place, and holds no NaN: one has no direction, and would spread to
-    the point and end the row's attack. Arguments and errors are those of `raw_gradient`.
-    """
-    logits, value, gradient = raw_gradient(model, x, loss, draws)
-    return logits, value, gradient.nan_to_num(nan=0.0)
-
-
-def raw_gradient(
-    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], draws: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `input_gradient` gives, before that copy: there may be NaN in it, and the model may hold on to its memory.
-
-    Args:
-        model: maps x to logits.
-        x: (B, ...) where.
-        loss: of the logits, one per row.
-        draws: of a randomised model: losses and gradients are means over so many passes (expectation over
-            transformation, Athalye et al. 2018), the logits are those of the last.
-
-    Raises:
-        InputError: where the model's output does not depend differentiably on its input.
-    """
-    point = x.detach().requires_grad_()
-    value, gradient = torch.zeros(()), torch.zeros(())
-    for draw in range(draws):
-        with torch.enable_grad():
-            logits = model(point)
-            values = loss(logits)
-            if not values.requires_grad:
-                raise InputError("the model's output carries no gradient to its input: gradient attacks cannot run")
-            if values.shape != x.shape[:1]:
-                came = tuple(values.shape)
-                raise InputError(f"the loss returned shape {came}: must be one loss per sample, ({len(x)},)")
-            # Summed, not averaged: row i of the gradient belongs to sample i alone.
-            (found,) = torch.autograd.grad(values.sum(), point, materialize_grads=True)
-        value = value + values.detach() if draw else values.detach()
-        gradient = gradient + found if draw else found
-    if draws > 1:
-        value, gradient = value / draws, gradient / draws
-    return logits.detach(), value, gradient
 
 
 @dataclass(frozen=True, kw_only=True)

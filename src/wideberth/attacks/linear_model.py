@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wideberth import geometry
 from wideberth.attacks.state import AttackInputs
-from wideberth.checks import Box, InputError, Norm
+from wideberth.checks import Box, Norm
+from wideberth.gradients import Gradients
+from wideberth.gradients import class_gradients as class_gradients
 from wideberth.hyperplanes import Normals
-
-
-class Gradients(NamedTuple):
-    """What one forward tells of M functions of the logits.
-
-    Attributes:
-        logits: (B, K), detached.
-        values: (B, M) of the functions, in at least float32.
-        each: their input gradients (B, ...), in order, each made when asked for: memory stays that of one.
-        cost: forwards and backwards per row, 1 + M.
-    """
-
-    logits: Tensor
-    values: Tensor
-    each: Iterator[Tensor]
-    cost: int
-
-
-def class_gradients(model: nn.Module, x: Tensor, functions: Callable[[Tensor], Tensor]) -> Gradients:
-    """One forward, and then one input gradient for each column of `functions`.
-
-    Args:
-        model: maps x to logits.
-        x: (B, ...) where.
-        functions: of the logits (B, K), to (B, M): differences of two classes, as a rule.
-
-    Raises:
-        InputError: where the model's output does not depend differentiably on its input.
-    """
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        logits = model(point)
-        if not logits.requires_grad:
-            raise InputError("the model's output carries no gradient to its input: gradient attacks cannot run")
-        values = functions(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        columns = values.unbind(1)
-
-    def each() -> Iterator[Tensor]:
-        for rank, column in enumerate(columns, 1):
-            more = rank < len(columns)
-            (gradient,) = torch.autograd.grad(column.sum(), point, retain_graph=more, materialize_grads=True)
-            # What is not finite has no direction.
-            yield gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-    return Gradients(logits.detach(), values.detach(), each(), 1 + len(columns))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import Keep, Query, SteppedAttack, raw_gradient
+from wideberth.attacks.base import Keep, Query, SteppedAttack, raw_input_gradient
 from wideberth.attacks.state import AttackInputs, ProjectedState
 from wideberth.geometry import Start
 from wideberth.losses import Loss
@@ -47,7 +47,7 @@ class GradientAscent(SteppedAttack[P]):
         keep: what is returned. "last": the last point. "worst": the misclassified point of highest loss, or the point
             of highest loss where none was misclassified. "first_flip": the first misclassified point, where the row
             then stays; the last point where there was none.
-        draws: passes that a gradient is the mean of, for randomised models (see `raw_gradient`).
+        draws: passes that a gradient is the mean of, for randomised models (see `raw_input_gradient`).
     """
 
     steps: int = 10
@@ -85,7 +85,7 @@ class GradientAscent(SteppedAttack[P]):
 
     def query(self, model: nn.Module, inputs: AttackInputs, state: P) -> Query:
         """One forward and one input gradient at `state.point`, times `draws`."""
-        return Query(*raw_gradient(model, state.point, inputs.attack_loss(self.loss), self.draws), 2 * self.draws)
+        return Query(*raw_input_gradient(model, state.point, inputs.attack_loss(self.loss), self.draws), 2 * self.draws)
 
     def check(self, model: nn.Module, inputs: AttackInputs, state: P) -> Query:
         """One forward at `state.point`."""

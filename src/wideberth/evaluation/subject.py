@@ -25,6 +25,7 @@ from wideberth import checks, geometry, losses
 from wideberth.acceleration import optimised_copy
 from wideberth.attacks import FGSM, PGD, Attack
 from wideberth.checks import Box, InputError, Norm
+from wideberth.gradients import NO_GRADIENT, NoInputGradient, raw_input_gradient
 from wideberth.losses import Loss
 from wideberth.modes import lent
 from wideberth.randomness import Noise, fold, permutation
@@ -122,16 +123,14 @@ class Subject:
         Raises:
             NoGradient: where there is none.
         """
-        point = (self.x if points is None else points).detach().requires_grad_()
         self.logits  # noqa: B018 (refuses where there is an obstacle)
+        point = self.x if points is None else points
         try:
-            with torch.enable_grad():
-                (found,) = torch.autograd.grad(loss(self.model(point), self.y).sum(), point, materialize_grads=True)
+            return raw_input_gradient(self.model, point, lambda logits: loss(logits, self.y))[2]
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
-            raise NoGradient("the model's output carries no gradient to its input") from error
-        return found
+        except (RuntimeError, NoInputGradient) as error:
+            raise NoGradient(NO_GRADIENT) from error
 
     @cached_property
     def margin_gradient(self) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry
 from wideberth.checks import Norm
+from wideberth.gradients import gradient_of, require_gradient
 from wideberth.losses import logit_margin as logit_margin_of
 from wideberth.modes import lent
 
@@ -71,13 +72,12 @@ def _measure(model: nn.Module, x: Tensor, y: Tensor, norm: Norm) -> tuple[Tensor
         logits = model(point)
         checks.valid_logits(logits, len(x))
         checks.valid_labels(y, len(x), logits.shape[1])
-        if not logits.requires_grad:
-            raise checks.InputError("the model's output carries no gradient to its input: its margin is not to be seen")
+        require_gradient(logits)
         others = torch.argsort(logits.detach().scatter(1, y[:, None], float("-inf")), dim=1, descending=True)[:, :-1]
         margins, weights = [], []
         for k in others.T:  # one other class per sample at a time: memory stays that of one gradient
             gap = (logits.gather(1, y[:, None]) - logits.gather(1, k[:, None])).squeeze(1)
-            (gradient,) = torch.autograd.grad(gap.sum(), point, retain_graph=True, materialize_grads=True)
+            gradient = gradient_of(gap, point, retain_graph=True)
             weight = geometry.norm(gradient, geometry.dual(norm))
             gap = gap.detach()
             margins.append(torch.where(gap == 0, gap, gap / weight))

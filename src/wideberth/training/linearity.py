@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
-from wideberth.attacks.base import input_gradient
 from wideberth.checks import Box
+from wideberth.gradients import gradient_of, input_gradient
 from wideberth.modes import Mode, lent
 from wideberth.randomness import Noise
 from wideberth.training.curvature import twice_differentiable
-from wideberth.training.penalty import Regularizer, Where, gradient_of, positive, squared_norm
+from wideberth.training.penalty import Regularizer, Where, positive, squared_norm
 from wideberth.training.schedules import Schedule
 
 _DECAY = (0.9, 0.999)
@@ -57,7 +57,7 @@ class InputGradient(Regularizer):
         if self.method == "double":
             return squared_norm(loss, point)
         # The forward whose loss is paid gives the direction too; what it costs more is a backward to the input alone.
-        (gradient,) = torch.autograd.grad(loss.sum(), point, retain_graph=True, materialize_grads=True)
+        gradient = gradient_of(loss, point, retain_graph=True)
         further = point.detach() + self.step * geometry.steepest(gradient, "l2")
         slope = (losses.cross_entropy(model(further), y) - loss) / self.step
         return slope.square()
@@ -110,7 +110,7 @@ class LocalLinearity(Regularizer):
         """How far each sample's loss departs from its tangent, and how far the tangent rises or falls, (B,)."""
         with twice_differentiable():
             loss = losses.cross_entropy(model(point), y)
-            gradient = gradient_of(loss, point)
+            gradient = gradient_of(loss, point, create_graph=True)
         x = point.detach()
         worst = self.search(model, x, y, loss.detach(), gradient.detach(), noise)
         along = ((worst - x) * gradient).flatten(1).sum(1)
@@ -181,7 +181,7 @@ class GradientAlignment(Regularizer):
         with lent(model, "keep"):
             here = input_gradient(model, point, lambda logits: losses.soft_margin_loss(logits, y))[2]
         with twice_differentiable():
-            there = gradient_of(losses.soft_margin_loss(model(further), y), further)
+            there = gradient_of(losses.soft_margin_loss(model(further), y), further, create_graph=True)
         pair = (here.flatten(1), there.flatten(1))
         lengths = [torch.linalg.vector_norm(gradient, dim=1) for gradient in pair]
         known = (lengths[0] > 0) & (lengths[1] > 0)
@@ -222,9 +222,10 @@ class Curvature(Regularizer):
     def compute(self, model: nn.Module, point: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """The length, or the squared length, of the change of each sample's loss gradient, (B,)."""
         del noise
-        gradient = gradient_of(losses.cross_entropy(model(point), y), point)
+        gradient = gradient_of(losses.cross_entropy(model(point), y), point, create_graph=True)
         direction = geometry.steepest(gradient.detach().sign(), "l2")
         further = (point.detach() + self.step * direction).requires_grad_()
-        change = (gradient_of(losses.cross_entropy(model(further), y), further) - gradient).flatten(1)
+        there = gradient_of(losses.cross_entropy(model(further), y), further, create_graph=True)
+        change = (there - gradient).flatten(1)
         # torch takes the derivative of a norm at zero to be zero: a flat loss has no direction to pay in.
         return change.square().sum(1) if self.power == 2 else torch.linalg.vector_norm(change, dim=1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth.checks import InputError
+from wideberth.gradients import gradient_of
 from wideberth.modes import Mode, lent
 from wideberth.randomness import Noise
 from wideberth.training.curvature import twice_differentiable
@@ -73,15 +74,9 @@ def positive(name: str, value: float) -> None:
         raise InputError(f"{name}={value}: must be positive")
 
 
-def gradient_of(output: Tensor, point: Tensor) -> Tensor:
-    """The gradient of each row's `output` (B,) at `point` (B, ...), shape of `point`, with graph."""
-    (gradient,) = torch.autograd.grad(output.sum(), point, create_graph=True, materialize_grads=True)
-    return gradient
-
-
 def squared_norm(output: Tensor, point: Tensor) -> Tensor:
     """Squared l2 norm of the gradient of each row's `output` (B,) at `point` (B, ...), (B,), with graph."""
-    return gradient_of(output, point).flatten(1).square().sum(1)
+    return gradient_of(output, point, create_graph=True).flatten(1).square().sum(1)
 
 
 class _Settled(torch.autograd.Function):
