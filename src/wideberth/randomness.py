@@ -9,9 +9,12 @@ the data is: the row's key is a hash of everything that names it, element j of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +61,41 @@ def fold(seed: int, *words: int | str) -> int:
             if value in (0, -1):
                 break
     return key >> 1
+
+
+@contextmanager
+def own_generators(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
+    """Run a block whose draws from the global generators leave no trace, and are a function of `seed`.
+
+    The generators of torch on the CPU and on `device`, of Python's `random` and of numpy are seeded on entry and put
+    back on exit, also after an error. This is for layers that draw from them, such as dropout; everything of this
+    library draws from `Noise`.
+
+    Args:
+        seed: any integer from `fold`; None: the block continues from where the generators are.
+        device: where the model is, if not on the CPU.
+    """
+    on_device = device is not None and device.type not in ("cpu", "mps")
+    kind = device.type if device is not None and on_device else "cuda"
+    python, legacy_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the generator that users share)
+    try:
+        with torch.random.fork_rng([device] if on_device else [], device_type=kind):
+            if seed is not None:
+                _seed_generators(seed, device if on_device else None)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy_numpy)  # noqa: NPY002
+
+
+def _seed_generators(seed: int, device: torch.device | None) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    if device is not None:  # that device alone: `torch.manual_seed` would seed the others too, which are not put back
+        module = torch.get_device_module(device)
+        with module.device(device) if device.index is not None else nullcontext():
+            module.manual_seed(seed)
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:

@@ -7,14 +7,12 @@ unlike a loss it does not change when the logits are rescaled.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -27,7 +25,6 @@ from wideberth.attacks import FGSM, PGD, Attack
 from wideberth.checks import Box, InputError, Norm
 from wideberth.gradients import NO_GRADIENT, NoInputGradient, raw_input_gradient
 from wideberth.losses import Loss
-from wideberth.modes import lent
 from wideberth.randomness import Noise, fold, permutation
 
 STEPS = 20
@@ -346,50 +343,3 @@ class Softened(nn.Module):
         with _PassingGradients():
             logits: Tensor = self.model(x)
         return logits
-
-
-# ---- leaving no trace -------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def undisturbed(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """Lend a model in eval mode with random generators of its own; give back all of it as it was, buffers too."""
-    before = snapshot(model)
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global one is what a model may use)
-    forked = device.type in ("cuda", "xpu")
-    try:
-        with (
-            torch.random.fork_rng([device] if forked else [], device_type=device.type if forked else "cuda"),
-            torch.autocast(device.type, enabled=False),
-            lent(model),
-        ):
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        for name in changed(model, before):
-            with torch.no_grad():
-                tensors(model)[name].copy_(before[name])
-
-
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those that no state_dict holds included."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of them."""
-    return {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
-
-
-def changed(model: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that are not what they were."""
-    now = {name: tensor for name, tensor in tensors(model).items() if name in before}
-    return [name for name, tensor in now.items() if not _same(tensor.detach(), before[name])]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

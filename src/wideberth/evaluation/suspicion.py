@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from wideberth import checks
 from wideberth.checks import Box, Norm
 from wideberth.data.splits import one_line
 from wideberth.evaluation import symptoms
-from wideberth.evaluation.subject import NotExamined, Stages, Subject, drawn, undisturbed
+from wideberth.evaluation.subject import NotExamined, Stages, Subject, drawn
 from wideberth.evaluation.symptoms import Seen, Severity
+from wideberth.modes import untouched
 
 Grade: TypeAlias = Literal["trusted", "doubtful", "masked"]
 
@@ -208,7 +210,7 @@ def examine(
     # What compilation would cost for each kind of pass here exceeds all that is examined; the function is the same.
     model = getattr(model, "_orig_mod", model)
     trained = sum(module.training and isinstance(module, _MODAL) for module in model.modules())
-    with undisturbed(model, device, seed):
+    with untouched(model, device, seed), torch.autocast(device.type, enabled=False):
         where, obstacle = drawn(model, x, y, seed, rows)
         about = Subject(
             model=model,

@@ -22,10 +22,9 @@ from wideberth.evaluation.subject import (
     Reached,
     Stages,
     Subject,
-    changed,
     difference,
-    snapshot,
 )
+from wideberth.modes import changed, snapshot
 
 Severity: TypeAlias = Literal["doubt", "masked"]
 
