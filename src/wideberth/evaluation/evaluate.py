@@ -24,8 +24,8 @@ from wideberth.checks import Box, InputError, Norm
 from wideberth.configuration import describe
 from wideberth.data import Data, Split
 from wideberth.evaluation import shards
+from wideberth.evaluation.diagnostics import examine, grade
 from wideberth.evaluation.record import Evaluation
-from wideberth.evaluation.suspicion import examine, grade
 from wideberth.evaluation.verdict import Case, Ledger, search
 from wideberth.evaluation.verify import judging
 

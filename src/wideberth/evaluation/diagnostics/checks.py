@@ -1,8 +1,8 @@
-"""False confidence: signs that a model looks robust because attacks fail on it, not because there is nothing to find.
+"""The checks for false confidence: one table, the examination of a model by it, and the grade that follows.
 
-A robust accuracy is an upper bound; how close it is depends on whether gradients lead anywhere. These checks look for
-the known ways in which they do not (Athalye et al. 2018; Carlini et al. 2019; Croce and Hein 2020; Pintor et al.
-2022). None of them proves robustness, and a defence made to deceive them would.
+A robust accuracy is an upper bound; how close it is depends on whether gradients lead to adversarial points. These
+checks look for the known ways in which they do not (Athalye et al. 2018; Carlini et al. 2019; Croce and Hein 2020;
+Pintor et al. 2022). None of them proves robustness, and a defence that is made to deceive them would.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from wideberth import checks
 from wideberth.checks import Box, Norm
 from wideberth.data.splits import one_line
-from wideberth.evaluation import symptoms
-from wideberth.evaluation.subject import NotExamined, Stages, Subject, drawn
-from wideberth.evaluation.symptoms import Seen, Severity
+from wideberth.evaluation.diagnostics import symptoms
+from wideberth.evaluation.diagnostics.probe import NotExamined, Probe, Recorded, Stages, Threat, choose_samples
+from wideberth.evaluation.diagnostics.symptoms import Observation, Severity
 from wideberth.modes import untouched
 
 Grade: TypeAlias = Literal["trusted", "doubtful", "masked"]
@@ -49,10 +49,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table: a name, what looks, what it means if raised, and what to do then."""
+    """One row of the table.
+
+    Attributes:
+        name: of the check.
+        observe: makes it.
+        severity: what it means if raised, unless the observation says otherwise.
+        advice: one sentence on what to do if raised.
+    """
 
     name: str
-    look: Callable[[Subject], Seen]
+    observe: Callable[[Probe], Observation]
     severity: Severity
     advice: str
 
@@ -74,17 +81,17 @@ CHECKS = (
         "random outputs",
         symptoms.random_outputs,
         "masked",
-        "Attack the mean over many draws (PGD(draws=20)), judge by a mean as well, and also with frozen randomness.",
+        "Attack the mean over many draws (PGD(draws=20)), check points by a mean too, and also with frozen randomness.",
     ),
     Check(
         "batch dependence",
         symptoms.batch_dependence,
         "masked",
-        "Use running statistics instead of the batch's when judging, so that a sample's verdict is its own.",
+        "Use running statistics instead of the batch's in eval mode, so that a sample's verdict is its own.",
     ),
     Check(
-        "moving state",
-        symptoms.moving_state,
+        "changing state",
+        symptoms.changing_state,
         "doubt",
         "Make eval() stop all training behaviour (batch norm, dropout, counters), and let forward change nothing.",
     ),
@@ -98,7 +105,7 @@ CHECKS = (
         "no gradient",
         symptoms.no_gradient,
         "masked",
-        "Attack through a smooth stand-in for what is not differentiable (BPDA), and add a gradient-free attack.",
+        "Attack with surrogate gradients for what is not differentiable (BPDA), and add a gradient-free attack.",
     ),
     Check(
         "saturated loss",
@@ -113,7 +120,7 @@ CHECKS = (
         "Do not rely on attacks on the cross-entropy: use margin_loss or dlr_loss, with targets.",
     ),
     Check(
-        "one step ahead",
+        "FGSM beats PGD",
         symptoms.one_step_ahead,
         "masked",
         "Suspect shattered gradients: average them over noise (draws), smooth the model for the attack, add Square.",
@@ -128,40 +135,43 @@ CHECKS = (
         "restarts find more",
         symptoms.restarts_find_more,
         "doubt",
-        "Give the attacks more restarts and targets until further ones break nothing new.",
+        "Give the attacks more restarts and targets until further ones find nothing new.",
     ),
     Check(
-        "random points ahead",
+        "random points beat PGD",
         symptoms.random_points_ahead,
         "masked",
         "Look for what hides the gradients (rounding, noise, huge logits), and use gradient-free attacks meanwhile.",
     ),
     Check(
-        "better gradients",
-        symptoms.better_gradients,
+        "surrogate gradients beat own",
+        symptoms.surrogate_gradients_ahead,
         "masked",
-        "Attack with these gradients instead of the model's own (Softened), and judge the points on the model itself.",
+        "Attack SurrogateGradients(model) instead of the model, and check the points on the model itself.",
     ),
     Check(
-        "stays robust",
-        symptoms.stays_robust,
+        "robust at huge radii",
+        symptoms.robust_at_huge_radii,
         "masked",
         "Make the attack succeed at huge radii before believing it at small ones; check box and units of eps too.",
     ),
     Check(
-        "gradient-free ahead",
+        "gradient-free attack finds more",
         symptoms.gradient_free_ahead,
         "doubt",
-        "Adapt the attacks by gradients to this model until they break what the gradient-free one breaks.",
+        "Adapt the attacks by gradients to this model until they find what the gradient-free one finds.",
     ),
     Check(
-        "broken after all",
-        symptoms.broken_after_all,
+        "record refuted",
+        symptoms.record_refuted,
         "doubt",
-        "Use a stronger line-up: the robust accuracy that was measured is too high.",
+        "Use a stronger suite: the robust accuracy that was measured is too high.",
     ),
 )
-"""All checks, in the order in which they are reported; another one is a function in `symptoms` and a row here."""
+"""All checks, in the order in which they are reported; a new one is a function in `symptoms` and a row here."""
+
+_WITH_MODE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.modules.dropout._DropoutNd)
+"""Layers that do something else in train mode."""
 
 
 def examine(
@@ -169,7 +179,7 @@ def examine(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: float | Tensor,
     norm: Norm,
     box: Box = (0.0, 1.0),
     samples: pd.DataFrame | None = None,
@@ -179,21 +189,22 @@ def examine(
 ) -> list[Finding]:
     """Look for signs of false confidence on a few samples that the model classifies correctly.
 
-    Costs about 400 forwards and backwards of `rows` samples. The model (flags, gradients, buffers) and the global
-    random states are given back as they were, even if its forward changes them.
+    Costs about 400 forwards and backwards of `rows` samples. The model (flags, gradients, buffers) and the states of
+    the global random generators are restored, even if a forward pass changes them.
 
     Args:
-        model: maps (B, ...) in the box to logits (B, K); examined in eval mode where its parameters are.
+        model: maps (B, ...) in the box to logits (B, K); examined in eval mode on the device of its parameters.
         x: (N, ...) floating point in the box; the samples that the record is about, or any others.
         y: (N,) int64 labels.
-        eps: radius of the evaluation, in units of the input.
+        eps: one radius, or (N,) radii, in units of the input.
         norm: "linf", "l2" or "l1".
         box: of the inputs.
         samples: the record's table (`Evaluation.samples`; columns attack, robust, clean_correct), row i of it about
-            row i of x; None: what needs it is not examined.
-        stages: the record's line-up (`protocol["attacks"]`), or attack names to whether they need gradients, in order.
+            row i of x; None: checks that need it are not made.
+        stages: the record's attacks (`protocol["attacks"]`), or a mapping from their names to whether they need
+            gradients, in order.
         seed: of the checks' own randomness.
-        rows: samples to look at, at most.
+        rows: how many samples to attack at most.
 
     Returns:
         One finding per row of `CHECKS`, raised or not.
@@ -203,57 +214,54 @@ def examine(
     """
     checks.norm_name(norm)
     checks.valid_box(box)
-    checks.valid_eps(eps)
+    checks.valid_eps(eps, len(x))
     checks.at_least("rows", rows, 1)
     checks.valid_inputs(x, box)
     device = next((p.device for p in model.parameters()), x.device)
-    # What compilation would cost for each kind of pass here exceeds all that is examined; the function is the same.
+    # To compile for each kind of pass here would cost more than the examination; the function is the same.
     model = getattr(model, "_orig_mod", model)
-    trained = sum(module.training and isinstance(module, _MODAL) for module in model.modules())
+    came_in_train_mode = sum(module.training and isinstance(module, _WITH_MODE) for module in model.modules())
     with untouched(model, device, seed), torch.autocast(device.type, enabled=False):
-        where, obstacle = drawn(model, x, y, seed, rows)
-        about = Subject(
+        chosen = choose_samples(model, x, y, seed, rows)
+        each = isinstance(eps, Tensor) and eps.dim() > 0
+        probe = Probe(
             model=model,
-            x=x[where].detach().to(device),
-            y=y[where].to(device),
-            where=where,
-            obstacle=obstacle,
-            trained=trained,
-            eps=float(eps),
-            norm=norm,
-            box=box,
+            samples=chosen,
+            threat=Threat(torch.as_tensor(eps).to(device)[chosen.index.to(device)] if each else float(eps), norm, box),
+            recorded=Recorded(samples, stages),
             seed=seed,
-            samples=samples,
-            stages=stages,
+            came_in_train_mode=came_in_train_mode,
         )
-        return [_found(check, about) for check in CHECKS]
+        return [_finding(check, probe) for check in CHECKS]
 
 
-_MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.modules.dropout._DropoutNd)
-
-
-def _found(check: Check, about: Subject) -> Finding:
+def _finding(check: Check, probe: Probe) -> Finding:
     try:
-        seen = check.look(about)
+        observed = check.observe(probe)
     except NotExamined as reason:
-        seen = Seen(False, f"Not examined: {reason}.")
+        observed = Observation(False, f"Not examined: {reason}.")
     except (RuntimeError, ValueError) as error:
-        # One strange model must not cost its user the whole evaluation that came before.
-        seen = Seen(False, f"Not examined, because it failed: {one_line(error)}")
-    severity = check.severity if seen.severity is None else seen.severity
-    return Finding(check.name, seen.raised, severity, seen.why, check.advice, seen.measured)
+        # A check that an unusual model makes fail must not cost its user the evaluation that came before.
+        observed = Observation(False, f"Not examined, because it failed: {one_line(error)}")
+    severity = check.severity if observed.severity is None else observed.severity
+    return Finding(check.name, observed.raised, severity, observed.why, check.advice, observed.measured)
 
 
 def grade(findings: Sequence[Finding], robust_accuracy: float | None = None) -> tuple[Grade, str]:
     """What the findings mean for a robust accuracy, and one sentence why.
 
-    "masked": attacks by gradients are known to fail on this model; "doubtful": the accuracy may be too high;
-    "trusted": no check found a reason not to believe it, or it is 0, which no weakness of the attacks explains.
+    Args:
+        findings: as `examine` returns them.
+        robust_accuracy: of the model, in [0, 1], if known.
+
+    Returns:
+        "masked": attacks by gradients are known to fail on this model; "doubtful": the accuracy may be too high;
+        "trusted": no check found a reason not to believe it, or it is 0, which no weakness of the attacks explains.
     """
     raised = [finding for finding in findings if finding.raised]
     made = sum(bool(finding.measured) for finding in findings)
     if raised and robust_accuracy == 0:
-        return "trusted", f"{len(raised)} of {made} checks were raised, but every sample was seen to break."
+        return "trusted", f"{len(raised)} of {made} checks were raised, but an attack succeeded on every sample."
     grades: dict[Severity, Grade] = {"masked": "masked", "doubt": "doubtful"}
     for severity, word in grades.items():
         names = [finding.name for finding in raised if finding.severity == severity]
