@@ -17,6 +17,12 @@ class InputError(ValueError):
     """What the caller gave cannot be used; the message is one line, fit for a terminal."""
 
 
+def one_line(error: BaseException) -> str:
+    """An exception as "Kind: message", on one line and short enough for a terminal: at most 200 characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def choice(name: str, value: object, accepted: Sequence[str]) -> None:
     """Refuse `value` unless it is one of `accepted`.
 

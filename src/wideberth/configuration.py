@@ -12,12 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from wideberth.checks import InputError
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+from wideberth.checks import InputError, one_line
 
 
 def parse_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]]:

@@ -113,7 +113,10 @@ def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise RuntimeError("Error downloading:\nTried a mirror:\nno network")
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
-    refused(CIFAR10(str(tmp_path)).train, f"root='{tmp_path}': cannot download CIFAR10 there: Error downloading: Tried")
+    refused(
+        CIFAR10(str(tmp_path)).train,
+        f"root='{tmp_path}': cannot download CIFAR10 there: RuntimeError: Error downloading: Tried",
+    )
 
 
 def test_a_broken_file_is_one_line(tmp_path: Path) -> None:

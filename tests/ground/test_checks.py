@@ -111,3 +111,16 @@ def test_a_face_of_the_box_is_what_the_dtype_makes_of_it(box: checks.Box, dtype:
 
 def test_input_errors_are_value_errors() -> None:
     assert issubclass(InputError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("two\n  lines"), "ValueError: two lines"),
+        (KeyError("name"), "KeyError: 'name'"),
+        (RuntimeError(), "RuntimeError"),
+        (OSError("x" * 500), "OSError: " + "x" * 188 + "..."),
+    ],
+)
+def test_an_exception_fits_on_one_line(error: Exception, text: str) -> None:
+    assert checks.one_line(error) == text

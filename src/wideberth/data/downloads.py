@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from wideberth.checks import InputError
+from wideberth.checks import InputError, one_line
 from wideberth.data.sources import Data
-from wideberth.data.splits import InMemory, Source, one_line
+from wideberth.data.splits import InMemory, Source
 
 
 class _Torchvision(Data):

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wideberth.checks import InputError, at_least
+from wideberth.checks import InputError, at_least, one_line
 from wideberth.data.images import mode_of, square
 from wideberth.data.sources import Data
-from wideberth.data.splits import Lazy, Source, one_line
+from wideberth.data.splits import Lazy, Source
 
 
 class HuggingFace(Data):

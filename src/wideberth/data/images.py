@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wideberth.checks import InputError, at_least
+from wideberth.checks import InputError, at_least, one_line
 from wideberth.data.sources import Data
-from wideberth.data.splits import InMemory, Lazy, Source, one_line
+from wideberth.data.splits import InMemory, Lazy, Source
 
 
 class ParquetImages(Data):

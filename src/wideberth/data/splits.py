@@ -30,12 +30,6 @@ class Source(Protocol):
         ...
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line and short enough for a terminal."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
 def _unit(x: Tensor) -> Tensor:
     """float32 of stored inputs; uint8 is an image, whose 0..255 become [0, 1]."""
     return x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x.to(torch.float32)

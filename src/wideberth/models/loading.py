@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
-from wideberth.checks import InputError
-from wideberth.configuration import construct, import_object, one_line, parse_call
+from wideberth.checks import InputError, one_line
+from wideberth.configuration import construct, import_object, parse_call
 from wideberth.models.libraries import LibraryModel, Timm, Torchvision
 from wideberth.runs import Run, write_atomically
 

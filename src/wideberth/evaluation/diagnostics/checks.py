@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks
-from wideberth.checks import Box, Norm
-from wideberth.data.splits import one_line
+from wideberth.checks import Box, Norm, one_line
 from wideberth.evaluation.diagnostics import symptoms
 from wideberth.evaluation.diagnostics.probe import NotExamined, Probe, Recorded, Stages, Threat, choose_samples
 from wideberth.evaluation.diagnostics.symptoms import Observation, Severity
@@ -242,7 +241,7 @@ def _finding(check: Check, probe: Probe) -> Finding:
         observed = Observation(False, f"Not examined: {reason}.")
     except (RuntimeError, ValueError) as error:
         # A check that an unusual model makes fail must not cost its user the evaluation that came before.
-        observed = Observation(False, f"Not examined, because it failed: {one_line(error)}")
+        observed = Observation(False, f"Not examined, because it failed: {one_line(error).removesuffix('.')}.")
     severity = check.severity if observed.severity is None else observed.severity
     return Finding(check.name, observed.raised, severity, observed.why, check.advice, observed.measured)
 
