@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
+from wideberth.adam import adam_step
 from wideberth.attacks.base import Attack, input_gradient
 from wideberth.attacks.minimum_norm import largest_distance, record_closer, refuse_restarts
 from wideberth.attacks.state import AttackInputs, AttackState
@@ -20,8 +21,6 @@ _INSIDE = 0.99
 """Largest |tanh(w)|: closer to 1, where its derivative vanishes, Adam hardly moves points."""
 _PROGRESS = 0.9999
 """A search whose objective is above this factor of its last value makes no progress."""
-_BETAS = (0.9, 0.999)
-"""Decay of Adam's two running means."""
 _RAISE = 10.0
 """Factor by which c grows until a search succeeds."""
 _LARGEST = 20.0
@@ -224,12 +223,9 @@ class CarliniWagner(Attack[CarliniWagnerState]):
         """One step of Adam (Kingma and Ba 2015) against a gradient with respect to the point, row by row."""
         _, reach = self._centre
         gradient = gradient * reach * (1 - torch.tanh(state.w).square())
-        mean = _BETAS[0] * state.mean + (1 - _BETAS[0]) * gradient
-        square = _BETAS[1] * state.square + (1 - _BETAS[1]) * gradient.square()
         step = state.step + 1
-        first, second = (geometry.column(1 - beta ** step.to(mean.dtype), mean) for beta in _BETAS)
-        # A gradient that overflows has no step, rather than a NaN for one.
-        direction = ((mean / first) / ((square / second).sqrt() + 1e-8)).nan_to_num(0, 0, 0)
+        direction, mean, square = adam_step(gradient, state.mean, state.square, step)
+        direction = direction.nan_to_num(0, 0, 0)  # a gradient that overflows has no step, rather than a NaN for one
         rate = geometry.column(self.learning_rate * 0.1 ** state.cuts.to(mean.dtype), mean)
         return replace(state, w=state.w - rate * direction, mean=mean, square=square, step=step)
 

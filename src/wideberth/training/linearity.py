@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry, losses
+from wideberth.adam import adam_step
 from wideberth.checks import Box
 from wideberth.gradients import gradient_of, input_gradient
 from wideberth.modes import Mode, lent
@@ -16,9 +17,8 @@ from wideberth.training.curvature import twice_differentiable
 from wideberth.training.penalty import Regularizer, Where, positive, squared_norm
 from wideberth.training.schedules import Schedule
 
-_DECAY = (0.9, 0.999)
-"""Of Adam's two moments."""
 _TINY = 1e-9
+"""In the denominator of Adam's step."""
 
 
 class InputGradient(Regularizer):
@@ -132,16 +132,13 @@ class LocalLinearity(Regularizer):
         low, high = geometry.faces(x, eps, self.box)
         start = geometry.random_start(x, eps, "linf", "uniform", noise.fold("linearity"))
         point = geometry.place(x, start, eps, "linf", self.box)
-        mean, spread = torch.zeros_like(x), torch.zeros_like(x)
+        mean, square = torch.zeros_like(x), torch.zeros_like(x)
         with lent(model, "keep"):
             for step in range(1, self.steps + 1):
                 _, value, slope = input_gradient(model, point, lambda logits: losses.cross_entropy(logits, y))
                 gap = value - loss - ((point - x) * gradient).flatten(1).sum(1)
                 uphill = geometry.column(gap.sign(), x) * (slope - gradient)
-                mean = torch.lerp(uphill, mean, _DECAY[0])
-                spread = torch.lerp(uphill.square(), spread, _DECAY[1])
-                size = (spread / (1 - _DECAY[1] ** step)).sqrt() + _TINY
-                move = mean / (1 - _DECAY[0] ** step) / size
+                move, mean, square = adam_step(uphill, mean, square, step, _TINY)
                 point = (point + self.step_size * self.eps * move).clamp(low, high)
         return point
 
