@@ -513,7 +513,7 @@ def test_arriving_in_train_mode_is_a_note(digits: tuple[Tensor, Tensor]) -> None
     told = finding(found, "changing state")
     assert not told.raised
     assert told.measured["came_in_train_mode"] == 1
-    assert told.why == "Layers that came in train mode and were judged in eval mode: 1."
+    assert told.why == "Layers that came in train mode and were evaluated in eval mode: 1."
     assert grade(found)[0] == "trusted"
 
 

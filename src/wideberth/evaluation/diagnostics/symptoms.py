@@ -111,7 +111,7 @@ def batch_dependence(probe: Probe) -> Observation:
 
 
 def changing_state(probe: Probe) -> Observation:
-    """Layers that train while they are evaluated: the model that is attacked is not the one that is judged."""
+    """Layers that train while they are evaluated: the model that is attacked is not the one that is evaluated."""
     before = snapshot(probe.model)
     probe.forward(probe.x)
     moved = changed(probe.model, before)
@@ -120,11 +120,11 @@ def changing_state(probe: Probe) -> Observation:
     signs = [
         (len(moved), "parameters or buffers that a forward pass changes"),
         (switched, "modules that a forward pass puts in train mode"),
-        (ignoring, "layers that eval() leaves in train mode (they were judged in eval mode all the same)"),
+        (ignoring, "layers that eval() leaves in train mode (they were evaluated in eval mode all the same)"),
     ]
     found = [f"{what}: {count}" for count, what in signs if count]
     if probe.came_in_train_mode:
-        found.append(f"layers that came in train mode and were judged in eval mode: {probe.came_in_train_mode}")
+        found.append(f"layers that came in train mode and were evaluated in eval mode: {probe.came_in_train_mode}")
     measured = {
         "changed": len(moved),
         "switched": switched,
