@@ -93,6 +93,13 @@ def test_a_model_that_cannot_be_copied_is_returned_itself(kind: str) -> None:
     assert optimised_copy(model, torch.rand(4, 1, 8, 8)) is model
 
 
+def test_an_optimised_copy_is_not_traced_again() -> None:
+    model, x = ConvNet(shape=(1, 8, 8), classes=3, width=4, batch_norm=True), torch.rand(4, 1, 8, 8)
+    copy = optimised_copy(model, x)
+    assert copy is not model
+    assert optimised_copy(copy, x) is copy
+
+
 def test_without_convolutions_there_is_nothing_to_gain() -> None:
     model = MLP(shape=(5,), classes=3, hidden=(4,))
     assert optimised_copy(model, torch.rand(4, 5)) is model

@@ -26,7 +26,7 @@ def optimised_copy(model: nn.Module, x: Tensor, precision: Precision = "float32"
     Nothing is printed when a pass fails. The network is left as it is.
 
     Args:
-        model: any module that maps inputs to logits (B, K).
+        model: any module that maps inputs to logits (B, K); it may be an optimised copy in float32, which saves time.
         x: (B, ...) inputs on the model's device, on which each copy is compared with what it was made from.
         precision: "float32" folds batch norms into convolutions; "bfloat16" also computes most layers in bfloat16,
             where the inputs are float32 and the device has bfloat16 arithmetic.

@@ -6,10 +6,12 @@ About half the time of a small convolutional network goes into batch norm and in
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from wideberth.acceleration.self_check import checked_copy
 
+_MARK = "wideberth.folded"
+"""Key in a traced copy's `meta`: a copy is not folded again."""
 _TOLERANCE = 1e-3
 """Largest difference in units of the largest logit: float32 and TF32 stay within it."""
 
@@ -24,9 +26,11 @@ def folded(model: nn.Module, x: Tensor) -> nn.Module:
         x: (B, ...) inputs to compare on.
 
     Returns:
-        The model itself where it has no convolution, where it cannot be traced (control flow that depends on the
-        input, autograd inside), or where its logits differ from the copy's (random layers).
+        The model itself where it is such a copy, where it has no convolution, where it cannot be traced (control flow
+        that depends on the input, autograd inside), or where its logits differ from the copy's (random layers).
     """
+    if isinstance(model, fx.GraphModule) and _MARK in model.meta:
+        return model
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return model
     copy = checked_copy(_fold, model, x, _TOLERANCE)
@@ -36,5 +40,7 @@ def folded(model: nn.Module, x: Tensor) -> nn.Module:
 def _fold(model: nn.Module) -> nn.Module:
     from torch.fx.experimental.optimization import fuse  # imported where it is needed: importing takes half a second
 
-    copy: nn.Module = fuse(model).to(memory_format=torch.channels_last)
+    copy = fuse(model).to(memory_format=torch.channels_last)
+    assert isinstance(copy, fx.GraphModule)
+    copy.meta[_MARK] = True
     return copy

@@ -192,7 +192,7 @@ def search(
     few = case.x[:_COMPARED].to(device)
     asked = {"float32": optimised_copy(case.model, few)}
     if any(stage.precision == "bfloat16" for stage in stages.values()):
-        asked["bfloat16"] = optimised_copy(case.model, few, "bfloat16")
+        asked["bfloat16"] = optimised_copy(asked["float32"], few, "bfloat16")
     try:
         for place, (name, stage) in enumerate(stages.items()):
             if place < int(ledger.under_way):
