@@ -364,6 +364,12 @@ def test_gradient_free_attacks_that_find_more_raise_a_check(
     assert found.measured == {"share": won / rows, "count": won}
 
 
+def test_attacks_are_known_by_their_public_names(robust: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    line_up = [{"name": name, "settings": {"class_path": f"wideberth.attacks.{name}"}} for name in ("PGD", "Square")]
+    found = examine(robust, *digits, eps=0.125, norm="linf", samples=record(9, attack="Square"), stages=line_up, rows=2)
+    assert finding(found, "gradient-free attack finds more").raised
+
+
 def test_a_gradient_free_attack_that_came_first_proves_nothing(
     robust: nn.Module, digits: tuple[Tensor, Tensor]
 ) -> None:

@@ -345,7 +345,8 @@ def _suite(stages: Stages | None) -> list[tuple[str, bool, Mapping[str, Any]]]:
     if isinstance(stages, Mapping):
         return [(name, bool(gradient), {}) for name, gradient in stages.items()]
     kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(Attack)}
-    kinds |= {f"{attacks.__name__}.{name}": getattr(attacks, name) for name in attacks.__all__}
+    # A record may also name an attack by its public import path.
+    kinds |= {f"{attacks.__name__}.{name}": kind for name, kind in vars(attacks).items() if kind in kinds.values()}
     found = []
     for stage in stages:
         settings = stage.get("settings") or {}
