@@ -6,23 +6,23 @@ few, always the same.
 
 from __future__ import annotations
 
-import inspect
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 import pytest
 import torch
 from attack_oracles import Counting, schedule_of
+from exported import FEW, exported, norms_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wideberth import attacks, geometry, losses
+from wideberth import geometry, losses
 from wideberth.attacks import (
     APGD,
     DDN,
@@ -164,7 +164,7 @@ once = {"targets": of(0, 0, 1, 3)}
 runs = once | {"restarts": of(1, 1, 2, 3)}
 pgd = runs | {"norm": norm, "steps": few, "step_size": size, "start": start, "loss": loss, "draws": of(1, 1, 2)}
 
-ATTACKS: tuple[tuple[type[Attack], dict[str, st.SearchStrategy[Any]]], ...] = (
+DRAWN: tuple[tuple[type[Attack], dict[str, st.SearchStrategy[Any]]], ...] = (
     (FGSM, runs | {"norm": norm, "start": start, "step_size": size, "loss": loss}),
     (NFGSM, once | {"restarts": of(1, 2), "noise": of(0.0, 1.0, 2.0), "step_size": size, "loss": loss}),
     (PGD, pgd | {"keep": of("last", "worst", "first_flip")}),
@@ -226,7 +226,15 @@ ATTACKS: tuple[tuple[type[Attack], dict[str, st.SearchStrategy[Any]]], ...] = (
         },
     ),
 )
-"""Each kind, with what its hyper-parameters are drawn from."""
+"""Kinds of attack, with what their hyper-parameters are drawn from."""
+DONE = {kind for kind, _ in DRAWN}
+KINDS = [*exported(norm_bounded=True), *exported(norm_bounded=False)]
+ATTACKS = DRAWN + tuple(
+    (kind, {"norm": of(*norms_of(kind))} | {f.name: of(FEW[f.name]) for f in fields(kind) if f.name in FEW})
+    for kind in KINDS
+    if kind not in DONE
+)
+"""All kinds that are exported."""
 SHAPES = ((1,), (5,), (1, 4), (2, 3), (1, 1, 1), (2, 1, 3), (1, 3, 4), (2, 4, 3))
 BOXES: tuple[Box, ...] = ((0.0, 1.0), (-1.0, 1.0), (-0.3, 0.7), (2.0, 2.5), (0.0, 255.0))
 RADII = (0.0, 1e-30, 1e-8, 0.01, 0.1, 0.5, 100.0, 1e30)
@@ -464,9 +472,7 @@ def check(case: Case) -> None:
 
 
 def test_every_exported_attack_is_hunted() -> None:
-    exported = (kind for kind in vars(attacks).values() if isinstance(kind, type) and issubclass(kind, Attack))
-    kinds = {kind for kind in exported if not inspect.isabstract(kind)}
-    assert kinds == {kind for kind, _ in ATTACKS}
+    assert {kind for kind, _ in ATTACKS} == set(KINDS)
 
 
 @settings(
