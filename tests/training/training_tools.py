@@ -57,7 +57,7 @@ def module_of(model: nn.Module, samples: int = 12, **policies: Any) -> wb.Robust
     """A training module that thinks it stands at the first of four batches of epoch 0, and logs nothing."""
     attack = policies.pop("attack", wb.attacks.PGD(steps=2))
     module = wb.RobustTraining(model, samples, attack, **policies)
-    trainer = SimpleNamespace(num_training_batches=4, current_epoch=0, global_step=0, world_size=1)
+    trainer = SimpleNamespace(num_training_batches=4, current_epoch=0, global_step=0, global_rank=0, world_size=1)
     module._trainer = trainer  # type: ignore[assignment]
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
     return module.train()

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from wideberth.checks import InputError, at_least
 from wideberth.data.splits import Batch, Split
-from wideberth.randomness import permutation
+from wideberth.randomness import fold, permutation
 
 
 class KeyedSampler(Sampler[list[int]]):
@@ -125,6 +125,8 @@ def loader(
         collate_fn=_as_is,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        # Every new iterator draws a seed for its workers: not from the caller's global generator.
+        generator=torch.Generator().manual_seed(fold(seed, "workers", epoch)),
     )
 
 

@@ -183,7 +183,8 @@ class SWA(Averaging):
                 if place >= trainer.num_training_batches:
                     break
                 batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-                with torch.no_grad(), trainer.precision_plugin.forward_context():
+                generators = module.own_generators("statistics", place, module.device)
+                with torch.no_grad(), trainer.precision_plugin.forward_context(), generators:
                     module.model(module.open(batch, place).x)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

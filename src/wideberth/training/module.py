@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, TypeAlias
 
 import lightning as L
@@ -19,7 +19,7 @@ from wideberth.checks import Box, InputError
 from wideberth.data.augment import Augmentation
 from wideberth.evaluation.verify import judging, verify
 from wideberth.modes import Mode, lent
-from wideberth.randomness import Noise, fold
+from wideberth.randomness import Noise, fold, own_generators
 from wideberth.training.objectives import AdversarialCrossEntropy, LossTerms, Objective
 from wideberth.training.perturbation import AWP, check_perturbation, unnoticed
 from wideberth.training.radii import Radius, Zero
@@ -174,6 +174,18 @@ class RobustTraining(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One pass of the flow; returns the loss."""
+        with self.own_generators("step", batch_idx, batch[0].device):
+            return self._training_step(batch, batch_idx)
+
+    def own_generators(self, purpose: str, batch_idx: int, device: torch.device) -> AbstractContextManager[None]:
+        """Generators for the layers of the model that draw, such as dropout: keyed by epoch, step and rank.
+
+        A resumed run draws again what the run before it drew, and the caller's generators are left as they were.
+        """
+        seed = fold(self.seed, purpose, self.current_epoch, batch_idx, self.trainer.global_rank)
+        return own_generators(seed, device)
+
+    def _training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step = self.open(batch, batch_idx)
         step.attack_loss = self.objective.attack_loss(step)
         eps = self.radius.propose(step)
@@ -258,7 +270,8 @@ class RobustTraining(L.LightningModule):
         """Clean accuracy, and accuracy under the judge at the policy's nominal radius."""
         x, y, index = batch
         # Lightning validates in inference mode, where no input gradient can be taken.
-        with torch.inference_mode(False), lent(self.model):
+        generators = self.own_generators("validation step", batch_idx, x.device)
+        with torch.inference_mode(False), lent(self.model), generators:
             x, y = x.clone(), y.clone()
             with torch.no_grad():
                 clean = ~losses.misclassified(self.model(x), y)

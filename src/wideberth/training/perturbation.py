@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wideberth import checks
 from wideberth.checks import InputError
+from wideberth.randomness import own_generators
 
 
 class AWP:
@@ -74,10 +75,10 @@ def rescaled(raw: Tensor, weight: Tensor) -> Tensor:
 
 @contextmanager
 def unnoticed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A pass that leaves no trace: batch-norm statistics, like all buffers, and the global generators are put back."""
+    """Run a pass that leaves no trace: all buffers (batch-norm statistics) and the global generators are put back."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with own_generators(None, device):
             yield
     finally:
         for buffer, value in kept:

@@ -16,7 +16,6 @@ from rich.console import Console
 from torch import Tensor
 
 from wideberth import margins
-from wideberth.randomness import fold
 from wideberth.runs import Run, write_atomically
 from wideberth.training.module import RobustTraining
 from wideberth.training.stopping import OverfittingGuard
@@ -61,16 +60,6 @@ class Recorder(L.Callback):
         self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         self._began = time.monotonic()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Seed what is left to the global generator (dropout), so that a resumed run repeats it.
-
-        At every step, because Lightning makes iterators, which draw, at other moments when it resumes.
-        """
-        assert isinstance(pl_module, RobustTraining)
-        torch.manual_seed(fold(pl_module.seed, "step", trainer.current_epoch, batch_idx, trainer.global_rank))
-
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the epoch's row."""
         assert isinstance(pl_module, RobustTraining)
@@ -110,7 +99,8 @@ class Recorder(L.Callback):
         if self.probe is None:
             return {}
         x, y = self.probe[0].to(next(module.parameters())), self.probe[1].to(module.device)  # device and dtype
-        margin, weight, _ = margins.measure(module.model, x, y, module.attack.norm)
+        with module.own_generators("margins", 0, x.device):
+            margin, weight, _ = margins.measure(module.model, x, y, module.attack.norm)
         return {"effective_margin": float(margin.median()), "effective_weight_norm": float(weight.median())}
 
 

@@ -75,7 +75,8 @@ class OverfittingGuard(L.Callback):
     def _robust(self, module: RobustTraining, batch: Batch) -> Tensor:
         step = module.open(batch, 0)
         attack = PGD(norm=module.attack.norm, box=module.box, steps=self.steps, keep="first_flip")
-        return module.withstood(attack, step.x, step.y, step.noise.fold("guard")).float().mean()
+        with module.own_generators("guard", 0, step.x.device):
+            return module.withstood(attack, step.x, step.y, step.noise.fold("guard")).float().mean()
 
 
 def check_guard(guard: OverfittingGuard | None, module: RobustTraining) -> None:

@@ -24,6 +24,7 @@ from wideberth.checks import InputError
 from wideberth.configuration import describe
 from wideberth.data import Augmentation, Data, Split, loader
 from wideberth.modes import Mode, lent
+from wideberth.randomness import own_generators
 from wideberth.runs import Run, write_atomically
 from wideberth.training.averaging import Averaging
 from wideberth.training.directory import Keep, claim, export, kept_epoch, last_checkpoint, same_experiment
@@ -205,7 +206,7 @@ def check_model(model: nn.Module, split: Split, data: Data) -> None:
     """Refuse a model whose output does not fit the data's classes (`InputError`)."""
     x, y, _ = split.__getitems__([0])
     try:
-        with lent(model), torch.no_grad():
+        with lent(model), torch.no_grad(), own_generators(None):
             logits = model(x)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
