@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from wideberth.training.catalogue import ROOMS
+
 if TYPE_CHECKING:
     from wideberth import attacks, data, evaluation, losses, margins, models, reports
     from wideberth.checks import InputError
@@ -25,15 +27,23 @@ if TYPE_CHECKING:
         stopping,
         weightings,
     )
+    from wideberth.training.batch import BatchContext, TrainingPoints
     from wideberth.training.module import Diverged, RobustTraining
+    from wideberth.training.policies import Optimization, Policies
+    from wideberth.training.sample_state import SampleState
     from wideberth.training.train import train
 
 __all__ = [
+    "BatchContext",
     "Diverged",
     "Evaluation",
     "InputError",
+    "Optimization",
+    "Policies",
     "RobustTraining",
     "Run",
+    "SampleState",
+    "TrainingPoints",
     "attacks",
     "averaging",
     "data",
@@ -55,24 +65,19 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BatchContext": "wideberth.training.batch",
     "Diverged": "wideberth.training.module",
     "Evaluation": "wideberth.evaluation",
     "InputError": "wideberth.checks",
+    "Optimization": "wideberth.training.policies",
+    "Policies": "wideberth.training.policies",
     "RobustTraining": "wideberth.training.module",
     "Run": "wideberth.runs",
+    "SampleState": "wideberth.training.sample_state",
+    "TrainingPoints": "wideberth.training.batch",
     "evaluate": "wideberth.evaluation",
     "load_model": "wideberth.models",
     "train": "wideberth.training.train",
-}
-_TRAINING = {
-    "averaging",
-    "objectives",
-    "perturbation",
-    "radii",
-    "regularizers",
-    "schedules",
-    "stopping",
-    "weightings",
 }
 
 
@@ -82,6 +87,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
     else:
-        value = import_module(f"wideberth.training.{name}" if name in _TRAINING else f"wideberth.{name}")
+        value = import_module(ROOMS.get(name, f"wideberth.{name}"))
     globals()[name] = value
     return value

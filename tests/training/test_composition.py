@@ -9,51 +9,22 @@ from itertools import product
 
 import pytest
 import torch
-from test_loop import OBJECTIVES, RADII
+from examples import examples
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training_tools import defined_in, mlp, module_of, plain_sgd
+from training_tools import mlp, module_of, plain_sgd
 
 import wideberth as wb
-from wideberth.training import linearity, objectives, radii, regularizers, weightings
-from wideberth.training.objectives import LBGAT, Objective
+from wideberth.training.objectives import Objective
 from wideberth.training.perturbation import AWP
-from wideberth.training.radii import ClassWise, Radius
-from wideberth.training.regularizers import (
-    Curvature,
-    EffectiveMargin,
-    GradientAlignment,
-    InputGradient,
-    Jacobian,
-    LocalLinearity,
-    Regularizer,
-    WeightNorm,
-)
-from wideberth.training.weightings import GAIRAT, MAIL, Uniform, Weighting
+from wideberth.training.radii import Radius
+from wideberth.training.regularizers import Regularizer
+from wideberth.training.weightings import Weighting
 
-# One row per method; test_loop.py has more forms of each, in pairs.
-THESE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
-    name: OBJECTIVES[name]
-    for name in ("CleanCrossEntropy", "AdversarialCrossEntropy", "TRADES", "MART", "ALP", "MaxMargin")
-} | {"LBGAT": lambda: LBGAT(mlp(64, 10, batch_norm=True))}
-THESE_RADII: dict[str, Callable[[], Radius]] = {
-    name: RADII[name] for name in ("Zero", "Fixed", "InstanceAdaptive", "ShortestSuccessful")
-} | {"ClassWise": lambda: ClassWise([0.05 + 0.01 * k for k in range(10)])}
-WEIGHTINGS: dict[str, Callable[[], Weighting]] = {
-    "Uniform": Uniform,
-    "MAIL": lambda: MAIL(start=0),
-    "GAIRAT": lambda: GAIRAT(start=0),
-}
-REGULARIZERS: dict[str, Callable[[], list[Regularizer]]] = {
-    "none": list,
-    "EffectiveMargin": lambda: [EffectiveMargin(0.01)],
-    "Jacobian": lambda: [Jacobian(0.01)],
-    "InputGradient": lambda: [InputGradient(0.01, "finite")],
-    "LocalLinearity": lambda: [LocalLinearity(0.01, 0.1, steps=1)],
-    "GradientAlignment": lambda: [GradientAlignment(0.01)],
-    "Curvature": lambda: [Curvature(0.01)],
-    "WeightNorm": lambda: [WeightNorm(0.01)],
-}
+THESE_OBJECTIVES: dict[str, Callable[[], Objective]] = examples("objective")
+THESE_RADII: dict[str, Callable[[], Radius]] = examples("radius")
+WEIGHTINGS: dict[str, Callable[[], Weighting]] = examples("weighting")
+REGULARIZERS: dict[str, Callable[[], Regularizer] | None] = {"none": None} | examples("regularizers")
 PERTURBATIONS = {"none": None, "AWP": AWP(0.01)}
 DIGITS = wb.data.Digits()
 
@@ -72,17 +43,6 @@ def learned() -> dict[str, Tensor]:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     return model.state_dict()
-
-
-def test_every_method_has_a_row() -> None:
-    for module, base, table in (
-        (objectives, Objective, THESE_OBJECTIVES),
-        (radii, Radius, THESE_RADII),
-        (weightings, Weighting, WEIGHTINGS),
-        (regularizers, Regularizer, REGULARIZERS),
-        (linearity, Regularizer, REGULARIZERS),
-    ):
-        assert defined_in(module, base) <= table.keys()
 
 
 def refusal(objective: str, radius: str, weighting: str) -> str | None:
@@ -107,7 +67,7 @@ def made(objective: str, radius: str, weighting: str, regularizer: str, perturba
         radius=THESE_RADII[radius](),
         objective=THESE_OBJECTIVES[objective](),
         weighting=WEIGHTINGS[weighting](),
-        regularizers=REGULARIZERS[regularizer](),
+        regularizers=[] if (make := REGULARIZERS[regularizer]) is None else [make()],
         perturbation=PERTURBATIONS[perturbation],
     )
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_tools import seeded
 
 from wideberth.randomness import Noise
+from wideberth.training.early_gradient import with_gradient_taken
 from wideberth.training.regularizers import (
     Curvature,
     GradientAlignment,
@@ -21,7 +22,6 @@ from wideberth.training.regularizers import (
     LocalLinearity,
     Regularizer,
     WeightNorm,
-    settled,
 )
 
 
@@ -309,7 +309,7 @@ def test_passes_through_the_model(name: str) -> None:
         value = make()(model, x, y, noise).mean()
     assert (asked.convolutions, asked.inputs, asked.weights) == penalty
     with Passes() as paid:
-        settled(value, model.parameters())
+        with_gradient_taken(value, model.parameters())
     assert (paid.convolutions, paid.inputs, paid.weights) == gradient
 
 

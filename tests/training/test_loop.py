@@ -11,12 +11,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from examples import examples
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training_tools import batch_of, defined_in, fit, halves, mlp, module_of, plain_sgd, seeded, tensors
+from training_tools import batch_of, fit, halves, mlp, module_of, plain_sgd, seeded, tensors
 
 import wideberth as wb
-from wideberth.training import linearity, objectives, radii, regularizers
+from wideberth.training.catalogue import exported
 from wideberth.training.objectives import (
     ALP,
     LBGAT,
@@ -28,16 +29,7 @@ from wideberth.training.objectives import (
     Objective,
 )
 from wideberth.training.radii import ClassWise, Fixed, InstanceAdaptive, Radius, ShortestSuccessful, Zero
-from wideberth.training.regularizers import (
-    Curvature,
-    EffectiveMargin,
-    GradientAlignment,
-    InputGradient,
-    Jacobian,
-    LocalLinearity,
-    Regularizer,
-    WeightNorm,
-)
+from wideberth.training.regularizers import EffectiveMargin, InputGradient, Regularizer
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "CleanCrossEntropy": CleanCrossEntropy,
@@ -60,16 +52,10 @@ RADII: dict[str, Callable[[], Radius]] = {
 }
 REGULARIZERS: dict[str, Callable[[], list[Regularizer]]] = {
     "none": list,
-    "EffectiveMargin": lambda: [EffectiveMargin(0.1)],
+    **{name: lambda make=make: [make()] for name, make in examples("regularizers").items()},  # type: ignore[misc]
     "EffectiveMargin exact": lambda: [EffectiveMargin(0.1, "exact")],
     "EffectiveMargin softmax": lambda: [EffectiveMargin(0.1, "softmax")],
-    "Jacobian": lambda: [Jacobian(0.1)],
-    "InputGradient": lambda: [InputGradient(0.1)],
     "InputGradient finite": lambda: [InputGradient(0.1, "finite")],
-    "LocalLinearity": lambda: [LocalLinearity(0.1, steps=2)],
-    "GradientAlignment": lambda: [GradientAlignment(0.1)],
-    "Curvature": lambda: [Curvature(0.1)],
-    "WeightNorm": lambda: [WeightNorm(0.1)],
     "both": lambda: [InputGradient(0.1), EffectiveMargin(0.1, draws=2)],
 }
 # Every two of them together, and TRADES on learned radii with everything.
@@ -88,13 +74,8 @@ def legal(objective: str, radius: str) -> bool:
 
 
 def test_every_policy_has_a_row() -> None:
-    for module, base, table in (
-        (objectives, Objective, OBJECTIVES),
-        (radii, Radius, RADII),
-        (regularizers, Regularizer, REGULARIZERS),
-        (linearity, Regularizer, REGULARIZERS),
-    ):
-        assert defined_in(module, base) <= table.keys()
+    for option, table in (("objective", OBJECTIVES), ("radius", RADII)):
+        assert exported(option).keys() <= table.keys()
 
 
 @pytest.mark.parametrize(
@@ -382,7 +363,8 @@ def test_bad_trainer_options_are_refused(tmp_path: Path, options: dict[str, Any]
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")
 def test_the_module_in_a_trainer_of_ones_own(tmp_path: Path) -> None:
     data = tensors()
-    module = wb.RobustTraining(mlp(), 12, wb.attacks.PGD(steps=2), InstanceAdaptive(0.1, warmup=0), optimizer=plain_sgd)
+    policies = wb.Policies(attack=wb.attacks.PGD(steps=2), radius=InstanceAdaptive(0.1, warmup=0))
+    module = wb.RobustTraining(mlp(), 12, policies, wb.Optimization(plain_sgd))
     trainer = L.Trainer(
         max_epochs=2,
         accelerator="cpu",

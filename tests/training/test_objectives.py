@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training_tools import adam, defined_in, fit, mlp, module_of, step_of, tensors
+from training_tools import adam, context_of, fit, mlp, module_of, points_at, tensors
 
 import wideberth as wb
 from wideberth import losses
 from wideberth.training import objectives
+from wideberth.training.catalogue import exported
 from wideberth.training.objectives import ALP, LBGAT, MART, TRADES, MaxMargin
 
 CLEAN = torch.tensor([[2, 1, 0, -1], [0.5, 1.5, 0, -0.5]], dtype=torch.float64)
@@ -60,7 +61,7 @@ TOTALS = {"TRADES": 1.406938, "MART": 1.493406}
 @pytest.mark.parametrize("name", PAID)
 def test_totals(name: str) -> None:
     objective, weighed, besides = PAID[name]
-    paid = objective.compute(step_of(nn.Identity(), CLEAN, Y), ADVERSARIAL)
+    paid = objective.compute(context_of(nn.Identity(), CLEAN, Y), points_at(ADVERSARIAL))
     assert paid.losses.tolist() == pytest.approx(weighed, abs=5e-6)
     unweighted = torch.zeros(2) if paid.unweighted is None else paid.unweighted
     assert unweighted.tolist() == pytest.approx(besides, abs=5e-6)
@@ -73,7 +74,7 @@ def test_totals(name: str) -> None:
 
 
 def test_every_objective_has_a_row() -> None:
-    assert defined_in(objectives, objectives.Objective) <= PAID.keys()
+    assert exported("objective").keys() <= PAID.keys()
 
 
 def random_batch(rows: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,8 +94,8 @@ def test_losses_belong_to_their_rows(objective: objectives.Objective) -> None:
     near = torch.tensor([True, True, False, True, True, False])
 
     def compute(where: Tensor) -> tuple[Tensor, Tensor]:
-        step = step_of(nn.Identity(), clean[where], y[where], near=near[where])
-        paid = objective.compute(step, adversarial[where])
+        step = context_of(nn.Identity(), clean[where], y[where])
+        paid = objective.compute(step, points_at(adversarial[where], near[where]))
         none = torch.zeros_like(paid.losses)
         return paid.losses, none if paid.unweighted is None else paid.unweighted
 
@@ -109,7 +110,7 @@ def test_losses_belong_to_their_rows(objective: objectives.Objective) -> None:
 def test_extreme_logits_give_finite_losses_and_gradients(objective: objectives.Objective, scale: float) -> None:
     clean, adversarial, y = random_batch()
     clean, adversarial = ((scale * part).float().requires_grad_() for part in (clean, adversarial))
-    paid = objective.compute(step_of(nn.Identity(), clean, y), adversarial).total(torch.ones(6)).mean()
+    paid = objective.compute(context_of(nn.Identity(), clean, y), points_at(adversarial)).total(torch.ones(6)).mean()
     assert paid.isfinite()
     for gradient in torch.autograd.grad(paid, (clean, adversarial), allow_unused=True):
         assert gradient is None or gradient.isfinite().all()
@@ -118,8 +119,10 @@ def test_extreme_logits_give_finite_losses_and_gradients(objective: objectives.O
 @pytest.mark.parametrize("make", [objectives.CleanCrossEntropy, objectives.AdversarialCrossEntropy, TRADES, ALP])
 @pytest.mark.parametrize("loss", [losses.LabelSmoothing(0.2), losses.AdditiveMargin(0.2, 3), losses.center_distance])
 def test_another_loss_in_place_of_cross_entropy(make: Any, loss: losses.Loss) -> None:
-    step = step_of(nn.Identity(), CLEAN, Y)
-    plain, other = (made.compute(step, ADVERSARIAL).total(torch.ones(2)) for made in (make(), make(loss=loss)))
+    step = context_of(nn.Identity(), CLEAN, Y)
+    plain, other = (
+        made.compute(step, points_at(ADVERSARIAL)).total(torch.ones(2)) for made in (make(), make(loss=loss))
+    )
     parts = {"CleanCrossEntropy": (1, 0), "AdversarialCrossEntropy": (0, 1), "TRADES": (1, 0), "ALP": (0.5, 0.5)}
     clean, adversarial = parts[make.__name__]
     change = clean * (loss(CLEAN, Y) - losses.cross_entropy(CLEAN, Y))
@@ -146,7 +149,7 @@ def test_mart_is_the_released_one_with_its_gradients() -> None:
     clean, adversarial, y = random_batch()
     clean.requires_grad_()
     adversarial.requires_grad_()
-    ours = MART(beta=3).compute(step_of(nn.Identity(), clean, y), adversarial).total(torch.ones(6))
+    ours = MART(beta=3).compute(context_of(nn.Identity(), clean, y), points_at(adversarial)).total(torch.ones(6))
     theirs = as_released(clean, adversarial, y, beta=3)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     pairs = [torch.autograd.grad(paid.sum(), (clean, adversarial)) for paid in (ours, theirs)]
@@ -163,12 +166,12 @@ def test_mart_is_paid_in_float32_under_autocast() -> None:
     model = mlp().train()
     x, y, _ = tensors().train().tensors()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        paid = MART().compute(step_of(model, x, y), x)
+        paid = MART().compute(context_of(model, x, y), points_at(x))
         assert model(x).dtype == torch.bfloat16
     assert paid.unweighted is not None
     assert (paid.losses.dtype, paid.unweighted.dtype) == (torch.float32, torch.float32)
     sure = torch.tensor([[0.0, 12.0]]).bfloat16()
-    boosted = MART().compute(step_of(nn.Identity(), sure, Y[:1]), sure).losses
+    boosted = MART().compute(context_of(nn.Identity(), sure, Y[:1]), points_at(sure)).losses
     q = torch.tensor([[0.0, 12.0]], dtype=torch.float64).softmax(1)
     assert boosted.item() == pytest.approx((-q[0, 0].log() - (1.0001 - q[0, 1]).log()).item(), rel=1e-5)
 
@@ -194,7 +197,7 @@ def test_lbgat_teaches_both_networks(tmp_path: Path, beta: float) -> None:
 
 def test_the_pairing_reaches_the_teacher() -> None:
     teacher = nn.Linear(4, 4).double()
-    paid = LBGAT(teacher).compute(step_of(nn.Identity(), CLEAN, Y), ADVERSARIAL)
+    paid = LBGAT(teacher).compute(context_of(nn.Identity(), CLEAN, Y), points_at(ADVERSARIAL))
     (gradient,) = torch.autograd.grad(paid.losses.sum(), teacher.weight)
     difference = teacher(CLEAN) - ADVERSARIAL
     assert torch.allclose(gradient, 2 / 4 * difference.T @ CLEAN)
@@ -249,7 +252,7 @@ def test_max_margin_pays_by_where_the_boundary_is() -> None:
     clean = torch.tensor([[2.0, 0, 0], [2, 0, 0], [0, 2, 0], [0.3, 0, 0]], dtype=torch.float64)
     there = torch.tensor([[0.0, 1, 0]] * 4, dtype=torch.float64)
     y, near = torch.zeros(4, dtype=torch.int64), torch.tensor([True, False, True, True])
-    paid = MaxMargin(share=0.25).compute(step_of(nn.Identity(), clean, y, near=near), there)
+    paid = MaxMargin(share=0.25).compute(context_of(nn.Identity(), clean, y), points_at(there, near))
     here, boundary = losses.cross_entropy(clean, y), losses.cross_entropy(there, y)
     expected = 0.75 * torch.stack([boundary[0], torch.zeros_like(here[1]), here[2], here[3]])
     torch.testing.assert_close(paid.losses, expected)
@@ -259,7 +262,7 @@ def test_max_margin_pays_by_where_the_boundary_is() -> None:
 def test_gradient_of_max_margin() -> None:
     """(2/3) grad L_MMA + (1/3) grad CE_clean."""
     model = nn.Linear(4, 4).double()
-    paid = MaxMargin().compute(step_of(model, CLEAN, Y, near=torch.tensor([True, True])), ADVERSARIAL)
+    paid = MaxMargin().compute(context_of(model, CLEAN, Y), points_at(ADVERSARIAL, torch.tensor([True, True])))
     (gradient,) = torch.autograd.grad(paid.total(torch.ones(2)).mean(), model.weight)
     right = (losses.soft_margin_loss(model(CLEAN), Y) < 0)[:, None]
     mixed = torch.where(right, ADVERSARIAL, CLEAN)
@@ -272,12 +275,12 @@ def test_gradient_of_max_margin() -> None:
 
 
 def test_the_divergence_is_from_the_clean_prediction() -> None:
-    divergence = objectives.TRADES(beta=1).compute(step_of(nn.Identity(), CLEAN, Y), ADVERSARIAL).losses
+    divergence = objectives.TRADES(beta=1).compute(context_of(nn.Identity(), CLEAN, Y), points_at(ADVERSARIAL)).losses
     assert divergence.tolist() == pytest.approx([0.233300, 0.071313], abs=1e-6)  # the other way: .236449, .058543
 
 
 def test_what_the_attack_ascends() -> None:
-    step = step_of(nn.Identity(), CLEAN, Y)
+    step = context_of(nn.Identity(), CLEAN, Y)
     assert objectives.AdversarialCrossEntropy().attack_loss(step) is None
     assert objectives.TRADES(inner="attack").attack_loss(step) is None
     for objective in (objectives.TRADES(), LBGAT(nn.Identity()), LBGAT(nn.Identity(), beta=6)):
@@ -292,7 +295,7 @@ def test_kl_is_ascended_from_the_prediction_in_the_attack_mode() -> None:
     """Dropout would make the constant p(x) of the attack random; in eval mode it is the model's prediction."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.9)).train()
     x = torch.rand(6, 3)
-    ascended = objectives.TRADES().attack_loss(step_of(model, x, torch.zeros(6, dtype=torch.int64)))
+    ascended = objectives.TRADES().attack_loss(context_of(model, x, torch.zeros(6, dtype=torch.int64)))
     assert ascended is not None
     assert ascended(model[0](x), Y).abs().max() < 1e-6
     assert model.training
@@ -301,7 +304,7 @@ def test_kl_is_ascended_from_the_prediction_in_the_attack_mode() -> None:
 
 def test_gradient_flows_through_both_arguments_of_the_divergence() -> None:
     clean, adversarial = CLEAN.clone().requires_grad_(), ADVERSARIAL.clone().requires_grad_()
-    paid = objectives.TRADES(beta=1).compute(step_of(nn.Identity(), clean, Y), adversarial).losses.sum()
+    paid = objectives.TRADES(beta=1).compute(context_of(nn.Identity(), clean, Y), points_at(adversarial)).losses.sum()
     p, q = clean.softmax(1), adversarial.softmax(1)
     ratio = (p / q).log()
     expected = (p * (ratio - (p * ratio).sum(1, keepdim=True)), q - p)
@@ -312,8 +315,8 @@ def test_gradient_flows_through_both_arguments_of_the_divergence() -> None:
 class Half(wb.weightings.Weighting):
     """Counts class 0 alone, twice."""
 
-    def compute(self, step: object, terms: objectives.LossTerms) -> Tensor:
-        return 2.0 * (step.y == 0)  # type: ignore[attr-defined]
+    def compute(self, batch: Any, points: object, terms: objectives.LossTerms) -> Tensor:
+        return 2.0 * (batch.y == 0)
 
 
 def test_weights_multiply_the_losses() -> None:
@@ -362,6 +365,6 @@ def test_max_mahalanobis_center_loss_is_a_head_and_a_loss() -> None:
     features: list[Tensor] = []
     model.head.embed.register_forward_hook(lambda _, __, out: features.append(out))
     x, y, _ = tensors().train().tensors()
-    paid = objectives.CleanCrossEntropy(losses.center_distance).compute(step_of(model, x, y), x).losses
+    paid = objectives.CleanCrossEntropy(losses.center_distance).compute(context_of(model, x, y), points_at(x)).losses
     expected = model.head.scale * (features[0] - model.head.centers[y]).square().sum(1)
     torch.testing.assert_close(paid, expected, rtol=1e-4, atol=1e-4)

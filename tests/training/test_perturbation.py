@@ -92,11 +92,11 @@ class Failing(wb.objectives.AdversarialCrossEntropy):
         super().__init__()
         object.__setattr__(self, "left", [at])
 
-    def compute(self, step: Any, x_adv: Tensor) -> Any:
+    def compute(self, batch: Any, points: Any) -> Any:
         self.left[0] -= 1  # type: ignore[attr-defined]
         if self.left[0] < 0:  # type: ignore[attr-defined]
             raise Stop
-        return super().compute(step, x_adv)
+        return super().compute(batch, points)
 
 
 @pytest.mark.parametrize("at", [0, 1])

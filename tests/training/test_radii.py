@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from training_tools import defined_in, fit, halves, mlp, module_of, step_of, tensors
+from training_tools import context_of, fit, halves, mlp, module_of, tensors
 
 import wideberth as wb
-from wideberth.training import radii
+from wideberth.training.batch import BatchContext, TrainingPoints
+from wideberth.training.catalogue import exported
 from wideberth.training.radii import ClassWise, Fixed, InstanceAdaptive, Radius, ShortestSuccessful, Zero
 from wideberth.training.schedules import Cosine, Ramp, Steps
-from wideberth.training.step import Step
 
 UNIT = 1 / 255
 AUTHORS: dict[str, Any] = {"eps": 8 * UNIT, "rule": "lookahead", "gamma": 1.9 * UNIT, "beta": 0.1, "warmup": 0}
@@ -34,17 +34,17 @@ def policy(units: float | list[float] | None = None, rows: int = 1, **options: A
     return made
 
 
-def away(*units: float, epoch: int = 1, **options: Any) -> Step:
+def away(*units: float, epoch: int = 1, **options: Any) -> BatchContext:
     """A batch of class 0, each row so many units from the boundary, misclassified where negative."""
     x = 0.5 + torch.tensor(units, dtype=torch.float64)[:, None] * UNIT
-    return step_of(halves(), x, torch.zeros(len(units), dtype=torch.int64), epoch=epoch, **options)
+    return context_of(halves(), x, torch.zeros(len(units), dtype=torch.int64), epoch=epoch, **options)
 
 
 def units(tensor: Tensor) -> list[float]:
     return (tensor * 255).tolist()
 
 
-def observe(made: Radius, step: Step, eps: Tensor) -> None:
+def observe(made: Radius, step: BatchContext, eps: Tensor) -> None:
     """What the loop does after `propose`: craft, forward, tell the policy."""
     with torch.no_grad():
         made.observe(step, step.model(step.attack(eps).x))
@@ -198,9 +198,9 @@ def test_a_misclassified_input_is_trained_exactly_where_it_is() -> None:
     seen: list[Tensor] = []
 
     class Look(wb.objectives.AdversarialCrossEntropy):
-        def compute(self, step: Step, x_adv: Tensor) -> Any:
-            seen.append(x_adv)
-            return super().compute(step, x_adv)
+        def compute(self, batch: Any, points: Any) -> Any:
+            seen.append(points.x)
+            return super().compute(batch, points)
 
     x = torch.tensor([[0.4], [0.6], [0.500001]])
     made = InstanceAdaptive(0.05, warmup=0)
@@ -219,7 +219,7 @@ def test_fixed_and_its_warm_up() -> None:
     y = torch.zeros(3, dtype=torch.int64)
 
     def at(made: Radius, progress: float) -> list[float]:
-        return made.propose(step_of(halves().float(), x, y, progress=progress)).tolist()
+        return made.propose(context_of(halves().float(), x, y, progress=progress)).tolist()
 
     assert at(Fixed(0.1), 0.0) == pytest.approx([0.1] * 3)
     ramp = Fixed(0.1, warmup=4)
@@ -243,8 +243,8 @@ def test_cosine() -> None:
 def test_class_wise() -> None:
     x, y = torch.rand(4, 1), torch.tensor([1, 0, 0, 1])
     made, ramp = ClassWise([0.1, 0.3]), ClassWise([0.1, 0.3], warmup=4)
-    assert made.propose(step_of(halves().float(), x, y)).tolist() == pytest.approx([0.3, 0.1, 0.1, 0.3])
-    assert ramp.propose(step_of(halves().float(), x, y, progress=1.0)).tolist() == pytest.approx(
+    assert made.propose(context_of(halves().float(), x, y)).tolist() == pytest.approx([0.3, 0.1, 0.1, 0.3])
+    assert ramp.propose(context_of(halves().float(), x, y, progress=1.0)).tolist() == pytest.approx(
         [0.075, 0.025, 0.025, 0.075]
     )
     assert ramp.eval_eps() == 0.3
@@ -256,7 +256,7 @@ def test_class_wise() -> None:
 def test_class_wise_wants_a_radius_for_every_class() -> None:
     made = ClassWise([0.1, 0.1, 0.1])
     with pytest.raises(wb.InputError, match="eps: 3 radii, the model has 2 classes: one for each"):
-        made.propose(step_of(halves().float(), torch.rand(2, 1), torch.tensor([0, 1])))
+        made.propose(context_of(halves().float(), torch.rand(2, 1), torch.tensor([0, 1])))
 
 
 def test_class_wise_asks_the_model_once_and_leaves_it_alone() -> None:
@@ -274,8 +274,10 @@ def test_class_wise_asks_the_model_once_and_leaves_it_alone() -> None:
 BOUNDARY: dict[str, Any] = {"loss": wb.losses.soft_margin_loss, "steps": 3, "step_size": 0.2}
 
 
-def margins(x: list[float], maximum: float = 0.3, **options: Any) -> tuple[ShortestSuccessful, Step, Tensor]:
-    """One visit to inputs (B, 1) of class 0, which `halves` puts |x - 1/2| from the boundary: where they end."""
+def margins(
+    x: list[float], maximum: float = 0.3, **options: Any
+) -> tuple[ShortestSuccessful, BatchContext, TrainingPoints]:
+    """One visit to inputs (B, 1) of class 0, which `halves` puts |x - 1/2| from the boundary; their points."""
     bisections, epochs = options.pop("bisections", 20), options.pop("epochs", 1)
     made = ShortestSuccessful(maximum, minimum=0.01, bisections=bisections).double()
     made.allocate(len(x))
@@ -283,32 +285,39 @@ def margins(x: list[float], maximum: float = 0.3, **options: Any) -> tuple[Short
     points = torch.tensor(x, dtype=torch.float64)[:, None]
     attack = wb.attacks.PGD(**(BOUNDARY | options.pop("attack", {})))
     for epoch in range(epochs):
-        step = step_of(halves(), points, torch.zeros(len(x), dtype=torch.int64), epoch=epoch, attack=attack, **options)
-        settled = made.settle(step, step.attack(made.propose(step)).x)
-    return made, step, settled
+        step = context_of(
+            halves(), points, torch.zeros(len(x), dtype=torch.int64), epoch=epoch, attack=attack, **options
+        )
+        points = made.adjust(step, step.attack(made.propose(step)))
+    return made, step, points
+
+
+def found_at(step: BatchContext, x_adv: Tensor) -> Any:
+    """The result of an attack that found these points."""
+    return replace(step.attack(torch.zeros(len(step.y), dtype=step.x.dtype)), x=x_adv)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_the_boundary_is_found(norm: Any) -> None:
     """From 0.01 inside to far away; wrong ones stay; those beyond the maximum are not near."""
     x = [0.51, 0.6, 0.75, 0.79, 0.81, 0.95, 0.4, 0.5]
-    made, step, settled = margins(x, norm=norm, attack={"norm": norm})
-    assert settled[:4, 0].tolist() == pytest.approx([0.5] * 4, abs=1e-6)
-    assert settled[6:, 0].tolist() == [0.4, 0.5]
+    made, _, points = margins(x, attack={"norm": norm})
+    assert points.x[:4, 0].tolist() == pytest.approx([0.5] * 4, abs=1e-6)
+    assert points.x[6:, 0].tolist() == [0.4, 0.5]
     assert made.radii.tolist()[:4] == pytest.approx([0.01, 0.1, 0.25, 0.29], abs=1e-6)
     assert made.radii.tolist()[4:] == pytest.approx([0.31, 0.315, 0, 0], abs=1e-6)  # the search ends at 1.05 maxima
-    assert step.near is not None
-    assert step.near.tolist() == [True] * 4 + [False] * 2 + [True] * 2
+    assert points.near_boundary is not None
+    assert points.near_boundary.tolist() == [True] * 4 + [False] * 2 + [True] * 2
 
 
 @pytest.mark.parametrize("bisections", [1, 2, 5, 10])
 def test_every_bisection_halves_what_is_not_known(bisections: int) -> None:
     x = torch.linspace(0.511, 0.79, 40).tolist()
-    made, _, settled = margins(x, bisections=bisections)
-    error = (settled[:, 0] - 0.5).abs().max().item()
+    made, _, points = margins(x, bisections=bisections)
+    error = (points.x[:, 0] - 0.5).abs().max().item()
     assert error <= 0.315 / 2**bisections + 1e-9
     assert error > 0.315 / 2 ** (bisections + 3)
-    assert (x[0] - settled[0, 0]).item() == pytest.approx(made.radii[0].item())
+    assert (x[0] - points.x[0, 0]).item() == pytest.approx(made.radii[0].item())
 
 
 def test_the_first_point_tried_is_the_one_that_the_attack_found() -> None:
@@ -317,10 +326,10 @@ def test_the_first_point_tried_is_the_one_that_the_attack_found() -> None:
     model.register_forward_hook(lambda _, given, __: tried.append(given[0].clone()))
     made = ShortestSuccessful(0.3, minimum=0.1, bisections=3).double()
     made.allocate(1)
-    step = step_of(model, torch.tensor([[0.7]], dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
-    x_adv = step.attack(made.propose(step)).x
+    step = context_of(model, torch.tensor([[0.7]], dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
+    found = step.attack(made.propose(step))
     tried.clear()
-    made.settle(step, x_adv)
+    made.adjust(step, found)
     assert [point.item() for point in tried] == pytest.approx([0.6, 0.7 - (0.1 + 0.315) / 2, 0.7 - (0.1 + 0.2075) / 2])
 
 
@@ -336,27 +345,27 @@ def test_rows_that_are_not_in_the_batch_keep_their_distance() -> None:
     made.allocate(5)
     made.radii += 0.123
     x, y = torch.tensor([[0.6], [0.7]], dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
-    step = step_of(halves(), x, y, index=torch.tensor([3, 1]))
-    made.settle(step, step.attack(made.propose(step)).x)
+    step = context_of(halves(), x, y, index=torch.tensor([3, 1]))
+    made.adjust(step, step.attack(made.propose(step)))
     assert made.radii[[3, 1]].tolist() == pytest.approx([0.1, 0.2], abs=1e-3)
     assert made.radii[[0, 2, 4]].tolist() == pytest.approx([0.123] * 3)
 
 
 def test_the_points_lie_in_the_box() -> None:
     """A boundary outside the box is not reached, and the point stops at its face."""
-    _, step, settled = margins([0.6, 0.75], box=(0.55, 1.0), attack={"box": (0.55, 1.0)})
-    assert settled[:, 0].tolist() == pytest.approx([0.55, 0.55])
-    assert step.near is not None
-    assert step.near.tolist() == [False, False]
+    _, _, points = margins([0.6, 0.75], attack={"box": (0.55, 1.0)})
+    assert points.x[:, 0].tolist() == pytest.approx([0.55, 0.55])
+    assert points.near_boundary is not None
+    assert points.near_boundary.tolist() == [False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_settled_points_have_the_kind_of_the_input(dtype: torch.dtype) -> None:
+def test_adjusted_points_have_the_kind_of_the_input(dtype: torch.dtype) -> None:
     made = ShortestSuccessful(0.3, minimum=0.05)
     made.allocate(4)
     x = torch.tensor([[0.9], [0.6], [0.4], [1.0]], dtype=dtype)
-    step = step_of(halves().to(dtype), x, torch.zeros(4, dtype=torch.int64))
-    settled = made.settle(step, step.attack(made.propose(step)).x)
+    step = context_of(halves().to(dtype), x, torch.zeros(4, dtype=torch.int64))
+    settled = made.adjust(step, step.attack(made.propose(step))).x
     assert (settled.dtype, settled.requires_grad) == (dtype, False)
     assert torch.equal(settled, settled.clamp(0, 1))
     assert settled[2] == x[2]
@@ -367,10 +376,11 @@ def test_settled_points_have_the_kind_of_the_input(dtype: torch.dtype) -> None:
 def test_an_attack_that_did_not_move_has_no_direction() -> None:
     made = ShortestSuccessful(0.3, minimum=0.05)
     made.allocate(1)
-    step = step_of(halves().float(), torch.tensor([[0.9]]), torch.zeros(1, dtype=torch.int64))
-    assert made.settle(step, step.x).tolist() == step.x.tolist()
-    assert step.near is not None
-    assert not step.near
+    step = context_of(halves().float(), torch.tensor([[0.9]]), torch.zeros(1, dtype=torch.int64))
+    points = made.adjust(step, found_at(step, step.x))
+    assert points.x.tolist() == step.x.tolist()
+    assert points.near_boundary is not None
+    assert not points.near_boundary
     assert made.radii.isfinite().all()
 
 
@@ -378,21 +388,22 @@ def test_a_point_further_than_the_search_goes_is_brought_back() -> None:
     made = ShortestSuccessful(0.1, minimum=0.05)
     made.allocate(2)
     x = torch.tensor([[0.9], [0.55]])
-    step = step_of(halves().float(), x, torch.zeros(2, dtype=torch.int64))
-    settled = made.settle(step, x - 0.5)
-    assert settled[:, 0].tolist() == pytest.approx([0.795, 0.5], abs=1e-3)
-    assert step.near is not None
-    assert step.near.tolist() == [False, True]
+    step = context_of(halves().float(), x, torch.zeros(2, dtype=torch.int64))
+    points = made.adjust(step, found_at(step, x - 0.5))
+    assert points.x[:, 0].tolist() == pytest.approx([0.795, 0.5], abs=1e-3)
+    assert points.near_boundary is not None
+    assert points.near_boundary.tolist() == [False, True]
 
 
 def test_a_wrong_input_stays_wherever_the_attack_went() -> None:
     made = ShortestSuccessful(0.3, minimum=0.05)
     made.allocate(2)
-    step = step_of(halves().float(), torch.tensor([[0.4], [0.5]]), torch.zeros(2, dtype=torch.int64))
-    assert torch.equal(made.settle(step, torch.ones(2, 1)), step.x)
+    step = context_of(halves().float(), torch.tensor([[0.4], [0.5]]), torch.zeros(2, dtype=torch.int64))
+    points = made.adjust(step, found_at(step, torch.ones(2, 1)))
+    assert torch.equal(points.x, step.x)
     assert made.radii.tolist() == [0, 0]
-    assert step.near is not None
-    assert step.near.all()
+    assert points.near_boundary is not None
+    assert points.near_boundary.all()
 
 
 def test_the_search_leaves_the_model_alone() -> None:
@@ -429,9 +440,9 @@ def test_the_ramp_is_followed_within_an_epoch() -> None:
     seen: list[float] = []
 
     class Look(Fixed):
-        def propose(self, step: Step) -> Tensor:
-            seen.append(float(super().propose(step)[0]))
-            return super().propose(step)
+        def propose(self, batch: BatchContext) -> Tensor:
+            seen.append(float(super().propose(batch)[0]))
+            return super().propose(batch)
 
     module = module_of(halves().float(), 4, radius=Look(0.4, warmup=1))
     batch = (torch.rand(2, 1), torch.zeros(2, dtype=torch.int64), torch.arange(2))
@@ -471,7 +482,7 @@ REFUSED: dict[str, list[tuple[Callable[[], Radius], str]]] = {
 
 
 def test_every_policy_has_a_row() -> None:
-    assert defined_in(radii, Radius) == REFUSED.keys()
+    assert exported("radius").keys() == REFUSED.keys()
 
 
 @pytest.mark.parametrize(("make", "message"), [case for cases in REFUSED.values() for case in cases])

@@ -1,4 +1,4 @@
-"""Which epoch a run keeps, and when it stops: the judge, the best checkpoint, patience, the guard."""
+"""Which epoch a run keeps, and when it stops: the validation attack, the best checkpoint, patience, the guard."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_of(out: Path, model: nn.Module | None = None, **options: Any) -> wb.Run:
     return fit(mlp() if model is None else model, tensors(60, validation=20), out, **(given | options))
 
 
-# ---- the judge ------------------------------------------------------------------------------------------------------
+# ---- the validation attack -------------------------------------------------------------------------------------------
 
 
 class Harmless(wb.attacks.PGD):
@@ -51,7 +51,7 @@ def line() -> wb.data.Tensors:
     return wb.data.Tensors(x, (x[:, 0] < 0.5).long(), x, (x[:, 0] < 0.5).long(), validation=30)
 
 
-def judged(out: Path, **options: Any) -> tuple[float, float]:
+def validated(out: Path, **options: Any) -> tuple[float, float]:
     """Held-out clean and robust accuracy of a model with known distances that stands still."""
     still = partial(torch.optim.SGD, lr=0.0)
     run = fit(halves().float(), line(), out, radius=Fixed(0.2), optimizer=still, epochs=1, **options)
@@ -59,8 +59,8 @@ def judged(out: Path, **options: Any) -> tuple[float, float]:
     return run.metrics["validation_clean"].item(), run.metrics["validation_robust"].item()
 
 
-def test_the_judge_is_stronger_than_the_training_attack(tmp_path: Path) -> None:
-    clean, robust = judged(tmp_path / "default", attack=Harmless())
+def test_the_validation_attack_is_stronger_than_the_training_attack(tmp_path: Path) -> None:
+    clean, robust = validated(tmp_path / "default", attack=Harmless())
     assert clean == 1
     rows = line().validation()
     assert rows is not None
@@ -68,19 +68,19 @@ def test_the_judge_is_stronger_than_the_training_attack(tmp_path: Path) -> None:
     assert robust == pytest.approx((distance > 0.2).float().mean().item())
 
 
-def test_one_step_from_beyond_the_ball_is_judged_within_it(tmp_path: Path) -> None:
-    assert judged(tmp_path / "run", attack=wb.attacks.NFGSM()) == judged(tmp_path / "plain")
+def test_one_step_from_beyond_the_ball_is_validated_within_it(tmp_path: Path) -> None:
+    assert validated(tmp_path / "run", attack=wb.attacks.NFGSM()) == validated(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("judge", [Harmless(), Outside()])
-def test_a_judges_word_is_not_taken(tmp_path: Path, judge: Any) -> None:
-    assert judged(tmp_path / "run", check_success=judge) == (1, 1)
+@pytest.mark.parametrize("attack", [Harmless(), Outside()])
+def test_points_of_the_validation_attack_are_verified(tmp_path: Path, attack: Any) -> None:
+    assert validated(tmp_path / "run", validation_attack=attack) == (1, 1)
 
 
-def test_a_judge_of_ones_own(tmp_path: Path) -> None:
-    run = run_of(tmp_path / "run", judge=wb.attacks.FGSM(), epochs=1, scheduler=None)
-    assert run.config["judge"]["class_path"] == "wideberth.attacks.pgd.FGSM"
-    default = run_of(tmp_path / "default", epochs=1, scheduler=None).config["judge"]
+def test_a_validation_attack_of_ones_own(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", validation_attack=wb.attacks.FGSM(), epochs=1, scheduler=None)
+    assert run.config["validation_attack"]["class_path"] == "wideberth.attacks.pgd.FGSM"
+    default = run_of(tmp_path / "default", epochs=1, scheduler=None).config["validation_attack"]
     assert default["class_path"] == "wideberth.attacks.pgd.PGD"
     assert (default["init_args"]["steps"], default["init_args"]["loss"]) == (10, "wideberth.losses.margin_loss")
 
@@ -140,9 +140,15 @@ def test_radii_are_those_of_the_epoch_that_is_kept(tmp_path: Path) -> None:
         ({"patience": 0}, "patience=0: must be at least 1"),
         ({"keep": "worst"}, "keep='worst': accepted are last, best"),
         ({"guard": OverfittingGuard(), "radius": Zero()}, "guard with radius=Zero"),
-        ({"judge": wb.attacks.PGD(norm="l2")}, "judge.norm='l2' with attack.norm='linf': must be the same"),
-        ({"judge": wb.attacks.NFGSM()}, "judge=NFGSM with attack=PGD: must keep to the same radius"),
-        ({"judge": wb.attacks.PGD(box=(0.0, 2.0))}, "judge.box="),
+        (
+            {"validation_attack": wb.attacks.PGD(norm="l2")},
+            "validation_attack.norm='l2' with attack.norm='linf': must be the same",
+        ),
+        (
+            {"validation_attack": wb.attacks.NFGSM()},
+            "validation_attack=NFGSM with attack=PGD: must keep to the same radius",
+        ),
+        ({"validation_attack": wb.attacks.PGD(box=(0.0, 2.0))}, "validation_attack.box="),
     ],
 )
 def test_refusals(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -155,7 +161,7 @@ def test_refusals(tmp_path: Path, options: dict[str, Any], message: str) -> None
 # ---- patience -------------------------------------------------------------------------------------------------------
 
 
-def test_patience(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_patience(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = run_of(tmp_path / "run", patience=2, epochs=20, keep="best")
     assert run.metrics is not None
     scores = run.metrics["validation_robust"]
@@ -164,7 +170,7 @@ def test_patience(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.export is not None
     assert run.export["epoch"] == best
     assert run.export["ended"] == f"stopped after epoch {best + 3}: held-out accuracy has not risen for 2 epochs"
-    assert capsys.readouterr().err == run.export["ended"] + "\n"
+    assert caplog.messages == [run.export["ended"]]
     before = (run.path / "model.safetensors").read_bytes()
     again = run_of(tmp_path / "run", patience=2, epochs=20, keep="best", resume=True)
     assert again.metrics is not None
@@ -186,7 +192,7 @@ def test_a_resumed_run_is_no_more_patient(tmp_path: Path) -> None:
 # ---- the guard ------------------------------------------------------------------------------------------------------
 
 
-def test_the_guard_keeps_the_epoch_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_guard_keeps_the_epoch_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The batch is all there is, so that nothing but the weights changes from epoch to epoch."""
     model = mlp()
     options: dict[str, Any] = {"batch_size": 40, "scheduler": partial(exploding, after=12)}
@@ -201,7 +207,7 @@ def test_the_guard_keeps_the_epoch_before(tmp_path: Path, capsys: pytest.Capture
     assert run.export is not None
     assert run.export["epoch"] == last - 1
     assert run.export["ended"].endswith(f"in epoch {last + 1}: training stops, and that epoch is not kept")
-    assert capsys.readouterr().err == run.export["ended"] + "\n"
+    assert caplog.messages == [run.export["ended"]]
     straight = mlp()
     run_of(tmp_path / "straight", straight, epochs=last, **options)
     assert all(map(torch.equal, model.state_dict().values(), straight.state_dict().values()))

@@ -79,12 +79,11 @@ def test_a_batch_of_which_nothing_was_moved_was_still_attacked(tmp_path: Path) -
     ids=["too far", "in l2 a pixel may go anywhere", "limited", "asked for"],
 )
 def test_radii_that_grow_beyond_half_of_the_box_are_noted_once(
-    radius: Any, norm: Any, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    radius: Any, norm: Any, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fit(mlp(), tensors(), tmp_path / "run", radius=radius, attack=wb.attacks.PGD(norm=norm, steps=1), epochs=2)
-    told = capfd.readouterr().err
-    assert told.count("note: ") == bool(said)
-    assert said in told
+    assert [message.startswith("note: ") for message in caplog.messages] == [True] * bool(said)
+    assert said in "".join(caplog.messages)
 
 
 def test_metrics(finished: tuple[wb.Run, nn.Module, wb.data.Data]) -> None:
@@ -149,9 +148,9 @@ def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
     seen: set[int] = set()
 
     class Look(wb.objectives.AdversarialCrossEntropy):
-        def compute(self, step: Any, x_adv: Any) -> Any:
-            seen.update(step.index.tolist())
-            return super().compute(step, x_adv)
+        def compute(self, batch: Any, points: Any) -> Any:
+            seen.update(batch.index.tolist())
+            return super().compute(batch, points)
 
     data = tensors(20, validation=5)
     fit(mlp(), data, tmp_path / "run", objective=Look())

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_tools import batch_of, defined_in, fit, halves, mlp, module_of, step_of, tensors
+from training_tools import batch_of, context_of, fit, halves, mlp, module_of, points_at, tensors
 
 import wideberth as wb
-from wideberth.training import objectives, weightings
+from wideberth.training import objectives
+from wideberth.training.batch import TrainingPoints
+from wideberth.training.catalogue import exported
 from wideberth.training.objectives import LBGAT, MART, TRADES, AdversarialCrossEntropy, CleanCrossEntropy, LossTerms
 from wideberth.training.radii import Fixed, InstanceAdaptive, Zero
 from wideberth.training.weightings import GAIRAT, MAIL, Uniform, Weighting
@@ -32,7 +34,7 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
 
 
 def test_every_weighting_has_a_row() -> None:
-    assert defined_in(weightings, Weighting) == REFUSED.keys()
+    assert exported("weighting").keys() == REFUSED.keys()
 
 
 @pytest.mark.parametrize(("make", "message"), [case for cases in REFUSED.values() for case in cases])
@@ -42,15 +44,15 @@ def test_refusals(make: Any, message: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def paid(objective: objectives.Objective, **options: Any) -> tuple[Any, LossTerms]:
-    """The step and what the objective takes there, on the fact sheet's logits."""
-    step = step_of(nn.Identity(), CLEAN, Y, **options)
-    return step, objective.compute(step, ADVERSARIAL)
+def paid(objective: objectives.Objective, **options: Any) -> tuple[Any, TrainingPoints, LossTerms]:
+    """The batch, its points and the objective's terms there, on the fact sheet's logits."""
+    batch, points = context_of(nn.Identity(), CLEAN, Y, **options), points_at(ADVERSARIAL)
+    return batch, points, objective.compute(batch, points)
 
 
 def test_uniform() -> None:
-    step, terms = paid(TRADES())
-    assert torch.equal(Uniform().compute(step, terms), torch.ones(2, dtype=torch.float64))
+    step, points, terms = paid(TRADES())
+    assert torch.equal(Uniform().compute(step, points, terms), torch.ones(2, dtype=torch.float64))
 
 
 # ---- MAIL -----------------------------------------------------------------------------------------------------------
@@ -67,33 +69,33 @@ MAIL_ON_THE_SHEET = [  # slope, bias, weights, MAIL-AT, MAIL-TRADES with beta 5
 def test_mail(slope: float, bias: float, weights: list[float], at: float, trades: float) -> None:
     mail = MAIL(slope, bias, start=0)
     for objective, total in ((AdversarialCrossEntropy(), at), (TRADES(beta=5), trades)):
-        step, terms = paid(objective)
-        found = mail.compute(step, terms)
+        step, points, terms = paid(objective)
+        found = mail.compute(step, points, terms)
         assert found.tolist() == pytest.approx(weights, rel=3e-4, abs=5e-7)
         assert terms.total(found).mean().item() == pytest.approx(total, abs=1e-6)
 
 
 def test_mail_mart_weighs_the_boosted_cross_entropy_alone() -> None:
-    step, terms = paid(MART(beta=5))
-    weights = MAIL(2, 0, start=0).compute(step, terms)
+    step, points, terms = paid(MART(beta=5))
+    weights = MAIL(2, 0, start=0).compute(step, points, terms)
     expected = (1.804439 * 1.888218 + 0.761328 * 0.533198) / 2 + 5 * (0.083075 + 0.030004) / 2
     assert terms.total(weights).mean().item() == pytest.approx(expected, abs=3e-6)
 
 
 def test_the_papers_form_has_mean_one() -> None:
-    step, terms = paid(AdversarialCrossEntropy())
-    released, paper = (MAIL(5, 0.05, start=0, form=form).compute(step, terms) for form in ("released", "paper"))  # type: ignore[arg-type]
+    step, points, terms = paid(AdversarialCrossEntropy())
+    released, paper = (MAIL(5, 0.05, start=0, form=form).compute(step, points, terms) for form in ("released", "paper"))  # type: ignore[arg-type]
     assert paper.mean().item() == pytest.approx(1)
     assert (paper / released).tolist() == pytest.approx([(1 / released.mean()).item()] * 2)
     # So far from the boundary that every sigmoid is 0 in float32.
     far = LossTerms(torch.ones(2), adversarial_logits=torch.tensor([[9.0, -9.0], [-9.0, 9.0]]))
-    assert MAIL(100, -0.5, start=0, form="paper").compute(step, far).tolist() == pytest.approx([1, 1])
+    assert MAIL(100, -0.5, start=0, form="paper").compute(step, points, far).tolist() == pytest.approx([1, 1])
 
 
 def test_more_wrong_weighs_more() -> None:
     logits = torch.linspace(-3, 3, 9)[:, None] * torch.tensor([1.0, -1.0])
-    step = step_of(nn.Identity(), logits, torch.zeros(9, dtype=torch.int64))
-    weights = MAIL(start=0).compute(step, LossTerms(torch.ones(9), adversarial_logits=logits))
+    step = context_of(nn.Identity(), logits, torch.zeros(9, dtype=torch.int64))
+    weights = MAIL(start=0).compute(step, points_at(logits), LossTerms(torch.ones(9), adversarial_logits=logits))
     assert (weights.diff() < 0).all()
     assert (weights <= 3).all()
 
@@ -101,14 +103,14 @@ def test_more_wrong_weighs_more() -> None:
 # ---- GAIRAT ---------------------------------------------------------------------------------------------------------
 
 
-def attacked(steps_survived: list[int], iterates: int, epoch: int = 60) -> tuple[Any, LossTerms]:
-    """A step whose attack found that, and losses of 1."""
+def attacked(steps_survived: list[int], iterates: int, epoch: int = 60) -> tuple[Any, TrainingPoints, LossTerms]:
+    """A batch, the result of its attack, and losses of 1."""
     count = len(steps_survived)
-    step = step_of(nn.Identity(), torch.zeros(count, 2), torch.zeros(count, dtype=torch.int64), epoch=epoch)
+    step = context_of(nn.Identity(), torch.zeros(count, 2), torch.zeros(count, dtype=torch.int64), epoch=epoch)
     found = step.attack(torch.zeros(count))
     held = torch.tensor(steps_survived)
-    step.found = replace(found, steps_survived=held, iterates=torch.full_like(held, iterates))
-    return step, LossTerms(torch.ones(count, dtype=torch.float64))
+    found = replace(found, steps_survived=held, num_iterates=torch.full_like(held, iterates))
+    return step, TrainingPoints(found.x, found), LossTerms(torch.ones(count, dtype=torch.float64))
 
 
 def test_gairat() -> None:
@@ -129,15 +131,15 @@ def test_gairat_of_any_shift_has_mean_one(shift: float) -> None:
         assert weights.tolist() == [1.0] * 4
 
 
-@pytest.mark.parametrize("judge", [True, False])
+@pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("keep", ["last", "worst", "first_flip"])
-def test_all_iterates_that_the_attack_steps_from_are_counted(keep: Any, judge: bool) -> None:
+def test_all_iterates_that_the_attack_steps_from_are_counted(keep: Any, check: bool) -> None:
     """The start counts, and what the last step leads to does not; rows at 0.05, 0.15, ... of a boundary, in strides."""
     distance = torch.tensor([-0.05, 0.05, 0.15, 0.25, 0.35, 0.45], dtype=torch.float64)
     x, y = 0.5 + distance[:, None], torch.zeros(6, dtype=torch.int64)
     attack = wb.attacks.PGD(steps=4, step_size=0.1, start="none", keep=keep)
-    found = step_of(halves(), x, y, attack=attack).attack(
-        torch.full((6,), 0.45, dtype=torch.float64), check_success=judge
+    found = context_of(halves(), x, y, attack=attack).attack(
+        torch.full((6,), 0.45, dtype=torch.float64), check_success=check
     )
     assert found.steps_survived.tolist() == [0, 1, 2, 3, 4, 4]
     assert found.num_iterates.tolist() == [4] * 6
@@ -166,23 +168,27 @@ def test_gairat_in_the_loop_makes_no_forward_of_its_own() -> None:
 @pytest.mark.parametrize("weighting", [MAIL(start=3), MAIL(start=3, form="paper"), GAIRAT(start=3)])
 def test_weights_begin_at_their_epoch(weighting: Weighting) -> None:
     for epoch, uniform in ((0, True), (2, True), (3, False), (9, False)):
-        step, _ = attacked([0, 1, 2, 2], 2, epoch)
+        step, points, _ = attacked([0, 1, 2, 2], 2, epoch)
         logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-        weights = weighting.compute(step, LossTerms(torch.ones(4), adversarial_logits=logits))
+        weights = weighting.compute(step, points, LossTerms(torch.ones(4), adversarial_logits=logits))
         assert (weights.tolist() == [1.0] * 4) is uniform
 
 
 @pytest.mark.parametrize("weighting", [Uniform(), MAIL(start=0), MAIL(start=0, form="paper"), GAIRAT(start=0)], ids=str)
 def test_weights_carry_no_graph_and_go_with_their_rows(weighting: Weighting) -> None:
-    step, _ = attacked([0, 4, 2, 1], 4)
+    step, points, _ = attacked([0, 4, 2, 1], 4)
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    weights = weighting.compute(step, LossTerms(logits.sum(1), adversarial_logits=logits))
+    weights = weighting.compute(step, points, LossTerms(logits.sum(1), adversarial_logits=logits))
     assert not weights.requires_grad
     assert weights.shape == (4,)
     order = torch.tensor([2, 0, 3, 1])
-    assert step.found is not None
-    turned = replace(step, found=replace(step.found, steps_survived=step.found.steps_survived[order]), y=step.y[order])
-    again = weighting.compute(turned, LossTerms(logits[order].sum(1), adversarial_logits=logits[order]))
+    assert points.found is not None
+    found = replace(points.found, steps_survived=points.found.steps_survived[order])
+    again = weighting.compute(
+        replace(step, y=step.y[order]),
+        TrainingPoints(found.x, found),
+        LossTerms(logits[order].sum(1), adversarial_logits=logits[order]),
+    )
     torch.testing.assert_close(again, weights[order])
 
 
@@ -202,16 +208,15 @@ def test_what_cannot_be_weighed_is_refused(weighting: Any, objective: Any, radiu
 
 def test_an_objective_that_hides_its_logits_cannot_be_weighed_by_them() -> None:
     class Hiding(AdversarialCrossEntropy):
-        def compute(self, step: Any, x_adv: Tensor) -> LossTerms:
-            return LossTerms(super().compute(step, x_adv).losses)
+        def compute(self, batch: Any, points: Any) -> LossTerms:
+            return LossTerms(super().compute(batch, points).losses)
 
     batch = batch_of(tensors(), [0, 1])
-    with pytest.raises(wb.InputError, match="weighting=MAIL: the objective gave no adversarial logits"):
+    with pytest.raises(wb.InputError, match="weighting=MAIL: the objective returned no adversarial logits"):
         module_of(mlp(), weighting=MAIL(), objective=Hiding(), radius=Fixed(0.1)).training_step(batch, 0)
-    step, terms = attacked([0], 1)
-    step.found = None
-    with pytest.raises(wb.InputError, match="weighting=GAIRAT: nothing was attacked"):
-        GAIRAT().compute(step, terms)
+    step, points, terms = attacked([0], 1)
+    with pytest.raises(wb.InputError, match="weighting=GAIRAT: no attack was made"):
+        GAIRAT().compute(step, points_at(points.x), terms)
 
 
 OBJECTIVES = {

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import wideberth as wb
 from wideberth.randomness import Noise
+from wideberth.training.batch import BatchContext, TrainingPoints
 from wideberth.training.module import Batch
-from wideberth.training.step import Step
+from wideberth.training.policies import Optimization, Policies
 
 
 def tensors(rows: int = 12, shape: tuple[int, ...] = (5,), classes: int = 3, **limits: Any) -> wb.data.Tensors:
@@ -44,19 +45,25 @@ def halves() -> nn.Module:
     return model
 
 
-def step_of(model: nn.Module, x: Tensor, y: Tensor, *, epoch: int = 0, **options: Any) -> Step:
+def context_of(model: nn.Module, x: Tensor, y: Tensor, *, epoch: int = 0, **options: Any) -> BatchContext:
     """A batch as the policies see it, attacked by FGSM from the clean input unless said otherwise."""
     attack = options.pop("attack", wb.attacks.FGSM())
     index = options.pop("index", torch.arange(len(y)))
-    given = {"progress": float(epoch), "attack_mode": "eval"} | options
+    given = {"progress": float(epoch)} | options
     noise = Noise(index, 7, epoch)
-    return Step(model=model, x=x, y=y, index=index, epoch=epoch, noise=noise, training_attack=attack, **given)
+    return BatchContext(model, x, y, index, epoch=epoch, noise=noise, training_attack=attack, **given)
+
+
+def points_at(x: Tensor, near_boundary: Tensor | None = None) -> TrainingPoints:
+    """Points of training without an attack's result."""
+    return TrainingPoints(x, near_boundary=near_boundary)
 
 
 def module_of(model: nn.Module, samples: int = 12, **policies: Any) -> wb.RobustTraining:
     """A training module that thinks it stands at the first of four batches of epoch 0, and logs nothing."""
-    attack = policies.pop("attack", wb.attacks.PGD(steps=2))
-    module = wb.RobustTraining(model, samples, attack, **policies)
+    policies = {"attack": wb.attacks.PGD(steps=2)} | policies
+    how = {name: policies.pop(name) for name in ("optimizer", "scheduler") if name in policies}
+    module = wb.RobustTraining(model, samples, Policies(**policies), Optimization(**how))
     trainer = SimpleNamespace(num_training_batches=4, current_epoch=0, global_step=0, global_rank=0, world_size=1)
     module._trainer = trainer  # type: ignore[assignment]
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
@@ -87,9 +94,3 @@ def fit(model: nn.Module, data: wb.data.Data, out: Path, **options: Any) -> wb.R
     }
     trainer = {"accelerator": "cpu"} | options.pop("trainer", {})
     return wb.train(model, data, out, **(given | options), trainer=trainer)
-
-
-def defined_in(module: Any, base: type) -> set[str]:
-    """The names of the subclasses of `base` that a module of the package defines, to hold tables complete."""
-    kinds = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, base)]
-    return {kind.__name__ for kind in kinds if kind is not base and kind.__module__ == module.__name__}

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace, set_loader
 
 from wideberth.checks import InputError
 from wideberth.recipes import find_recipe
+from wideberth.training.catalogue import MODULES
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
@@ -95,20 +96,6 @@ def shortened(message: str, limit: int = 300) -> str:
 
 _FRACTION = re.compile(rf"^(--[\w.+]+=)?({_NUMBER})/({_NUMBER})$")
 _CLASS = re.compile(r"^(--(\w+)\+?=)(\w+)$")
-_ROOMS = {
-    "model": "wideberth.models",
-    "data": "wideberth.data",
-    "attack": "wideberth.attacks",
-    "augment": "wideberth.data",
-    "radius": "wideberth.training.radii",
-    "objective": "wideberth.training.objectives",
-    "weighting": "wideberth.training.weightings",
-    "regularizers": "wideberth.training.regularizers",
-    "perturbation": "wideberth.training.perturbation",
-    "averaging": "wideberth.training.averaging",
-    "judge": "wideberth.attacks",
-    "guard": "wideberth.training.stopping",
-}
 
 
 def prepared(words: Sequence[str]) -> list[str]:
@@ -131,8 +118,8 @@ def _prepared(option: str, word: str) -> str:
     if whole.startswith("--config="):
         path = str(config_path(whole.removeprefix("--config=")))
         return path if option else f"--config={path}"
-    if (named := _CLASS.match(whole)) and named[2] in _ROOMS:
-        room = _ROOMS[named[2]]
+    if (named := _CLASS.match(whole)) and named[2] in MODULES:
+        room = MODULES[named[2]]
         path = f"{room}.{named[3]}" if hasattr(import_module(room), named[3]) else named[3]
         return path if option else f"{named[1]}{path}"
     return word

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 import yaml
 
-# Imported so that their classes can be named without a path.
-from wideberth import attacks, data, models  # noqa: F401
 from wideberth.commands.parsing import Parser, prepared
 from wideberth.runs import Run
-from wideberth.training import (  # noqa: F401
-    averaging,
-    objectives,
-    perturbation,
-    radii,
-    regularizers,
-    stopping,
-    weightings,
-)
+from wideberth.training.catalogue import MODULES
 from wideberth.training.train import train
+
+for module in dict.fromkeys(MODULES.values()):
+    import_module(module)  # so that their classes can be named without a path
 
 
 def parser() -> Parser:

@@ -185,7 +185,7 @@ class SWA(Averaging):
                 batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
                 generators = module.own_generators("statistics", place, module.device)
                 with torch.no_grad(), trainer.precision_plugin.forward_context(), generators:
-                    module.model(module.open(batch, place).x)
+                    module.model(module.context(batch, place).x)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

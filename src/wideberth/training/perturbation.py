@@ -1,4 +1,4 @@
-"""Perturbation of the weights: the step is taken from where the loss is worst nearby."""
+"""Perturbation of the weights: the gradient is taken at nearby weights where the loss is higher."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from wideberth.randomness import own_generators
 
 
 class AWP:
-    """Adversarial weight perturbation (AWP; Wu, Xia and Wang 2020): weights whose neighbourhood is good, too.
+    """Adversarial weight perturbation (AWP; Wu, Xia and Wang 2020): the loss should be low at nearby weights too.
 
-    After the attack each layer's weights w move by a vector of length gamma * ||w|| in the direction in which the
-    training loss rises; the loss is paid, and its gradient taken, there; then the weights are put back and stepped.
+    After the attack each layer's weights w move by a vector of length gamma * ||w|| along the gradient of the training
+    loss; the loss and its gradient are computed there; then the weights are put back and the optimizer steps.
 
     Args:
         gamma: length of the move relative to the layer's weights: 0.01 for PGD-AT, 0.005 for TRADES.
         warmup: epochs before it begins: 0 for PGD-AT, 10 for TRADES.
 
-    Only weights of more than one dimension move: no biases, no batch norm. Penalties are paid at the moved weights, but
-    the climb does not see them. With `accumulate_grad_batches` each batch climbs by itself.
+    Only weights of more than one dimension move: no biases, no batch norm. Penalties are computed at the moved weights,
+    but the direction of the move does not depend on them. With `accumulate_grad_batches` each batch moves the weights
+    by itself.
 
     What we do differently: the weights are put back, bit for bit, before the optimizer steps instead of after it. That
-    is the same step without the rounding, save that weight decay sees the weights and not the moved ones. The climb
-    runs on the model itself with its batch-norm statistics put back, where theirs needs a copy of the network; it meets
-    the same dropout as the step. Radii and logged accuracies are read off the weights before the move.
+    is the same step without the rounding, except that weight decay acts on the weights and not on the moved ones. The
+    direction is computed on the model itself, whose batch-norm statistics are put back, where theirs needs a copy of
+    the network; it meets the same dropout as the step. Radii and logged accuracies are those of the weights before the
+    move.
     """
 
     def __init__(self, gamma: float = 0.01, warmup: int = 0) -> None:
@@ -44,14 +46,14 @@ class AWP:
 
     @contextmanager
     def moved(self, model: nn.Module, ascent: Sequence[Tensor]) -> Iterator[None]:
-        """Lend the model with its `layers` moved along `ascent`, and give it back exactly as it was."""
+        """Move the `layers` of the model along `ascent`, and put them back exactly as they were."""
         weights = layers(model)
         kept = [weight.detach().clone() for weight in weights]
         try:
             with torch.no_grad():
                 for weight, raw in zip(weights, ascent, strict=True):
                     weight.add_(rescaled(raw, weight), alpha=self.gamma)
-            torch.clear_autocast_cache()  # or half precision would go on with its copies of the weights before
+            torch.clear_autocast_cache()  # it holds half-precision copies of the weights before
             yield
         finally:
             with torch.no_grad():
@@ -61,7 +63,7 @@ class AWP:
 
 
 def layers(model: nn.Module) -> list[nn.Parameter]:
-    """What is moved: trainable parameters with "weight" in their name and more than one dimension."""
+    """The weights that move: trainable parameters with "weight" in their name and more than one dimension."""
     return [p for name, p in model.named_parameters() if "weight" in name and p.dim() > 1 and p.requires_grad]
 
 
@@ -74,7 +76,7 @@ def rescaled(raw: Tensor, weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def unnoticed(module: nn.Module, device: torch.device) -> Iterator[None]:
+def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Run a pass that leaves no trace: all buffers (batch-norm statistics) and the global generators are put back."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pandas as pd
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from rich.console import Console
 from torch import Tensor
@@ -20,6 +20,7 @@ from wideberth.runs import Run, write_atomically
 from wideberth.training.module import RobustTraining
 from wideberth.training.stopping import OverfittingGuard
 
+log = logging.getLogger("wideberth")
 BINS = 64
 _FEW = 0.01
 """Of all radii: so many may go too far before it is said."""
@@ -91,7 +92,7 @@ class Recorder(L.Callback):
         )
         if not self._noted and (note := beyond(radii, module)):
             self._noted = True
-            Console(stderr=True).print(note, highlight=False, soft_wrap=True)
+            log.warning(note)
         quantiles = {f"radius_q{q}": float(np.quantile(radii, q / 100)) for q in (0, 25, 50, 75, 100)}
         return {"radius_mean": float(radii.mean()), **quantiles}
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from wideberth import checks
 from wideberth.attacks import PGD
 from wideberth.checks import InputError
-from wideberth.training.module import Batch, RobustTraining, within_norm
+from wideberth.training.module import Batch, RobustTraining
+from wideberth.training.policies import within_norm
 
 
 class OverfittingGuard(L.Callback):
@@ -61,8 +63,10 @@ class OverfittingGuard(L.Callback):
         assert isinstance(pl_module, RobustTraining)
         if self._batch is None:  # resumed at the end of an epoch
             return
-        accuracy = trainer.strategy.reduce(self._robust(pl_module, self._batch), reduce_op="mean")
-        now = float(accuracy)
+        robust = self._robust(pl_module, self._batch).float()
+        counts = torch.stack([robust.sum(), torch.full_like(robust.sum(), len(robust))])
+        total = trainer.strategy.reduce(counts, reduce_op="sum")
+        now = float(total[0] / total[1])
         pl_module.log("guard_robust", now)
         if self.before is not None and self.before - now > self.drop:
             self.reason = (
@@ -73,10 +77,10 @@ class OverfittingGuard(L.Callback):
         self.before = now
 
     def _robust(self, module: RobustTraining, batch: Batch) -> Tensor:
-        step = module.open(batch, 0)
+        context = module.context(batch, 0)
         attack = PGD(norm=module.attack.norm, box=module.box, steps=self.steps, keep="first_flip")
-        with module.own_generators("guard", 0, step.x.device):
-            return module.withstood(attack, step.x, step.y, step.noise.fold("guard")).float().mean()
+        with module.own_generators("guard", 0, context.x.device):
+            return module.robust_to(attack, context.x, context.y, context.noise.fold("guard"))
 
 
 def check_guard(guard: OverfittingGuard | None, module: RobustTraining) -> None:

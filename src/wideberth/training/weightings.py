@@ -11,29 +11,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wideberth import checks, losses
+from wideberth.training.batch import BatchContext, TrainingPoints
 from wideberth.training.objectives import LossTerms
-from wideberth.training.step import Step
 
 
 class Weighting(ABC):
     """How much each sample counts; a new weighting is one subclass with a `compute`."""
 
     needs_adversary = False
-    """Whether it reads the logits at the adversarial points, which not every objective computes."""
+    """Whether the weights depend on the logits at the adversarial points, which not every objective computes."""
 
     needs_attack = False
-    """Whether it reads how the attack went, so that there must be one."""
+    """Whether the weights depend on the attack's result, so that an attack must be made."""
 
     @abstractmethod
-    def compute(self, step: Step, terms: LossTerms) -> Tensor:
-        """The weight of each sample's loss, (B,), detached."""
+    def compute(self, batch: BatchContext, points: TrainingPoints, terms: LossTerms) -> Tensor:
+        """The weight of each sample's loss, (B,), without graph.
+
+        Args:
+            batch: the batch before the attack.
+            points: the points that it is trained on, with the attack's result.
+            terms: the objective's losses and logits there.
+        """
 
 
 @dataclass(frozen=True)
 class Uniform(Weighting):
     """Every sample counts the same."""
 
-    def compute(self, step: Step, terms: LossTerms) -> Tensor:
+    def compute(self, batch: BatchContext, points: TrainingPoints, terms: LossTerms) -> Tensor:
         """Ones, (B,)."""
         return torch.ones_like(terms.losses)
 
@@ -45,7 +51,7 @@ def of_mean_one(log_weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MAIL(Weighting):
-    """Margin-aware instance reweighting (MAIL; Wang, Liu et al. 2021): what is near the boundary counts more.
+    """Margin-aware instance reweighting (MAIL; Wang, Liu et al. 2021): samples near the boundary count more.
 
     The weight is a sigmoid of slope * (PM + bias), where PM is the largest wrong probability minus the label's at the
     adversarial point, in [-1, 1], positive where misclassified.
@@ -59,7 +65,7 @@ class MAIL(Weighting):
             effective learning rate changes at `start` (see `weight_mean` of metrics.csv). "paper": the sigmoid over
             its mean in the batch.
 
-    What we do differently: nothing in the released form, except that any number of classes will do.
+    What we do differently: nothing in the released form, except that any number of classes is accepted.
     """
 
     slope: float = 10.0
@@ -75,23 +81,26 @@ class MAIL(Weighting):
         checks.at_least("start", self.start, 0)
         checks.choice("form", self.form, ("released", "paper"))
 
-    def compute(self, step: Step, terms: LossTerms) -> Tensor:
+    def compute(self, batch: BatchContext, points: TrainingPoints, terms: LossTerms) -> Tensor:
         """The weights, (B,): in (0, 3), or of mean 1."""
         logits = terms.adversarial_logits
         if logits is None:
-            raise checks.InputError("weighting=MAIL: the objective gave no adversarial logits, which it weighs by")
-        if step.epoch < self.start:
+            raise checks.InputError(
+                "weighting=MAIL: the objective returned no adversarial logits, on which the weights depend"
+            )
+        if batch.epoch < self.start:
             return torch.ones_like(terms.losses)
-        scores = self.slope * (losses.probability_margin_loss(logits.detach(), step.y) + self.bias)
+        scores = self.slope * (losses.probability_margin_loss(logits.detach(), batch.y) + self.bias)
         return 3 * scores.sigmoid() if self.form == "released" else of_mean_one(F.logsigmoid(scores))
 
 
 @dataclass(frozen=True)
 class GAIRAT(Weighting):
-    """Geometry-aware instance reweighting (GAIRAT; Zhang et al. 2021): what an attack breaks sooner counts more.
+    """Geometry-aware instance reweighting (GAIRAT; Zhang et al. 2021): samples that an attack flips sooner count more.
 
     The weight is (1 + tanh(shift + 5 (1 - 2 k / S))) / 2 over its mean in the batch, where k of the attack's S iterates
-    were right before the first that was wrong. All S are those that the attack steps from: the start, and not the last.
+    were right before the first that was wrong. The S iterates are those that the attack steps from: the start is one
+    of them, the last point is not.
 
     Args:
         shift: lambda of the paper: the larger, the more alike the weights; infinite: all 1.
@@ -110,12 +119,12 @@ class GAIRAT(Weighting):
         """Refuse a negative epoch (`InputError`)."""
         checks.at_least("start", self.start, 0)
 
-    def compute(self, step: Step, terms: LossTerms) -> Tensor:
+    def compute(self, batch: BatchContext, points: TrainingPoints, terms: LossTerms) -> Tensor:
         """The weights, (B,), of mean 1."""
-        if step.found is None:
-            raise checks.InputError("weighting=GAIRAT: nothing was attacked, and no steps can be counted")
-        if step.epoch < self.start:
+        if points.found is None:
+            raise checks.InputError("weighting=GAIRAT: no attack was made, so there are no steps to count")
+        if batch.epoch < self.start:
             return torch.ones_like(terms.losses)
-        held = step.found.steps_survived.to(terms.losses.dtype) / step.found.num_iterates
+        survived = points.found.steps_survived.to(terms.losses.dtype) / points.found.num_iterates
         # (1 + tanh(a)) / 2 is sigmoid(2 a), without the digits that the sum loses.
-        return of_mean_one(F.logsigmoid(2 * (self.shift + 5 * (1 - 2 * held))))
+        return of_mean_one(F.logsigmoid(2 * (self.shift + 5 * (1 - 2 * survived))))
