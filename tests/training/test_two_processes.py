@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rank_script import uneven
 from training_tools import fit, mlp, tensors
 
 import wideberth as wb
@@ -85,3 +86,25 @@ def test_two_processes_climb_together_and_keep_one_average(trained: Path, tmp_pa
     assert both.metrics[columns].to_numpy() == pytest.approx(alone.metrics[columns].to_numpy(), rel=1e-4)
     together = wb.load_model(str(both.path)).state_dict()
     assert all(torch.allclose(value, together[name], atol=1e-6) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_uneven_shares_train_as_one_process_does(trained: Path, tmp_path: Path) -> None:
+    """4 + 3 rows a batch: gradients, the climb, metrics and what policies remember are those of all 7."""
+    folder = trained / "uneven"
+    ranks: list[dict[str, Any]] = [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(2)]
+    assert all(torch.equal(value, ranks[1]["state"][name]) for name, value in ranks[0]["state"].items())
+    alone = fit(mlp(), out=tmp_path / "run", **uneven())
+    assert alone.checkpoint is not None
+    state = torch.load(alone.checkpoint, weights_only=True)["state_dict"]
+    for name, value in state.items():
+        assert torch.allclose(value, ranks[0]["state"][name], atol=1e-6), name
+    visits = ranks[0]["state"]["weighting.visits"]
+    assert torch.equal(visits, state["weighting.visits"])
+    assert sorted(visits.tolist()) == [1.0] * 3 + [4.0] * 17  # held-out rows are not visited
+    both = wb.Run(folder / "run").metrics
+    assert both is not None
+    assert alone.metrics is not None
+    assert list(both) == list(alone.metrics)
+    for name in both.drop(columns="seconds"):
+        assert both[name].to_numpy() == pytest.approx(alone.metrics[name].to_numpy(), rel=1e-4, abs=1e-6), name

@@ -238,10 +238,10 @@ class RobustTraining(L.LightningModule):
             if self.radius.eval_eps():  # without a radius no accuracy is called robust
                 noise = Noise(index.clone(), fold(self.seed, "validation"))
                 robust = self.robust_to(self.validation_attack, x, y, noise)
-        options: dict[str, Any] = {"on_epoch": True, "on_step": False, "batch_size": len(y), "sync_dist": True}
-        self.log("validation_clean", clean.float().mean(), prog_bar=True, **options)
+        values = {"validation_clean": clean.float().mean()}
         if robust is not None:
-            self.log("validation_robust", (clean & robust).float().mean(), prog_bar=True, **options)
+            values["validation_robust"] = (clean & robust).float().mean()
+        self.log_dict(values, prog_bar=True, **_epoch_mean(len(y)))
 
     def robust_to(self, attack: Attack, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """Whether `attack` fails on each sample at the policy's `eval_eps`, (B,) bool; its points are verified."""
@@ -320,5 +320,11 @@ class RobustTraining(L.LightningModule):
         for name, logits in ((adversarial, terms.adversarial_logits), ("accuracy_clean", terms.clean_logits)):
             if logits is not None:
                 values[name] = 1 - losses.misclassified(logits.detach(), context.y).float().mean()
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(context.y), sync_dist=True)
+        self.log_dict(values, **_epoch_mean(len(context.y)))
         self.log("loss_now", values["loss"], prog_bar=True, on_step=True, on_epoch=False)
+
+
+def _epoch_mean(rows: int) -> dict[str, Any]:
+    """Options of `log_dict` for a mean over all rows of an epoch and all ranks."""
+    # A float: Lightning rounds the mean of the ranks' numbers of rows down to an integer.
+    return {"on_step": False, "on_epoch": True, "batch_size": float(rows), "sync_dist": True}

@@ -64,11 +64,12 @@ class Recorder(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the epoch's row."""
         assert isinstance(pl_module, RobustTraining)
+        metrics = dict(trainer.callback_metrics)  # on every rank, since reading them sums them over the ranks
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         seconds = time.monotonic() - self._began
         row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        row |= {name: float(value) for name, value in trainer.callback_metrics.items() if name != "loss_now"}
+        row |= {name: float(value) for name, value in metrics.items() if name != "loss_now"}
         row["learning_rate"] = self._learning_rate
         row |= self._radius_columns(trainer, pl_module)
         row |= self._margin_columns(pl_module)
