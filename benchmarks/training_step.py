@@ -36,6 +36,7 @@ import wideberth as wb
 from wideberth import memory
 from wideberth.training.module import RobustTraining
 from wideberth.training.perturbation import AWP
+from wideberth.training.policies import Optimization, Policies
 
 EPS, STEPS, BATCH = 8 / 255, 10, 32
 
@@ -163,7 +164,7 @@ Timed = Callable[[Callable[[], float]], tuple[float, float]]
 def ours(model: nn.Module, batches: Any, samples: int, **policies: Any) -> Timed:
     """One step of our loop, inside Lightning."""
     policies.setdefault("attack", wb.attacks.PGD(steps=STEPS, step_size=2 / 255))
-    module = RobustTraining(model, samples, optimizer=sgd, **policies)
+    module = RobustTraining(model, samples, Policies(**policies), Optimization(sgd))
 
     def step(beside: Callable[[], float]) -> tuple[float, float]:
         clock = Clock(beside)
