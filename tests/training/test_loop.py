@@ -430,9 +430,9 @@ def test_a_sample_meets_new_noise_in_every_epoch_and_the_same_in_every_batch() -
     seen: list[Tensor] = []
 
     class Spy(wb.attacks.PGD):
-        def perturb(self, model: nn.Module, inputs: Any, **options: Any) -> Any:
+        def init(self, inputs: Any) -> Any:
             seen.append(inputs.noise.uniform((4,)))
-            return super().perturb(model, inputs, **options)
+            return super().init(inputs)
 
     module = module_of(mlp(), attack=Spy(steps=1), radius=Fixed(0.1))
     for epoch, rows in ((0, [3, 1]), (0, [1, 7, 3]), (1, [3, 1])):

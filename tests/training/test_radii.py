@@ -108,9 +108,9 @@ def test_lookahead_attacks_on_noise_of_its_own() -> None:
     seen: list[Tensor] = []
 
     class Spy(wb.attacks.PGD):
-        def perturb(self, model: nn.Module, inputs: Any, **options: Any) -> Any:
+        def init(self, inputs: Any) -> Any:
             seen.append(inputs.noise.uniform((3,)))
-            return super().perturb(model, inputs, **options)
+            return super().init(inputs)
 
     step, made = away(9.0, attack=Spy(steps=1)), policy([8])
     step.attack(made.propose(step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,21 +30,23 @@ def run_of(out: Path, model: nn.Module | None = None, **options: Any) -> wb.Run:
 # ---- the validation attack -------------------------------------------------------------------------------------------
 
 
-class Harmless(wb.attacks.PGD):
-    """Finds nothing, and says that it did."""
+class Harmless(wb.attacks.Attack[wb.attacks.AttackState]):
+    """Finds nothing, and reports success."""
 
-    def perturb(self, model: nn.Module, inputs: Any, **_: Any) -> Any:
-        n = len(inputs.y)
-        zeros = torch.zeros(n, dtype=torch.long)
-        return wb.attacks.base.Adversarial(inputs.x, torch.ones(n, dtype=torch.bool), zeros, zeros, zeros)
+    num_steps = 1
+
+    def init(self, inputs: Any) -> wb.attacks.AttackState:
+        return wb.attacks.AttackState.initial(inputs, inputs.x)
+
+    def update(self, model: nn.Module, inputs: Any, state: wb.attacks.AttackState) -> wb.attacks.AttackState:
+        return replace(state, adversarial=torch.ones_like(state.adversarial))
 
 
 class Outside(Harmless):
-    """Goes where it must not."""
+    """Returns points outside the ball."""
 
-    def perturb(self, model: nn.Module, inputs: Any, **_: Any) -> Any:
-        found = super().perturb(model, inputs)
-        return wb.attacks.base.Adversarial((inputs.x < 0.5).float(), None, *(found.steps_survived,) * 3)
+    def init(self, inputs: Any) -> wb.attacks.AttackState:
+        return wb.attacks.AttackState.initial(inputs, (inputs.x < 0.5).float())
 
 
 def line() -> wb.data.Tensors:
@@ -79,7 +82,7 @@ def test_points_of_the_validation_attack_are_verified(tmp_path: Path, attack: An
 
 def test_a_validation_attack_of_ones_own(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", validation_attack=wb.attacks.FGSM(), epochs=1, scheduler=None)
-    assert run.config["validation_attack"]["class_path"] == "wideberth.attacks.pgd.FGSM"
+    assert run.config["validation_attack"]["class_path"] == "wideberth.attacks.fgsm.FGSM"
     default = run_of(tmp_path / "default", epochs=1, scheduler=None).config["validation_attack"]
     assert default["class_path"] == "wideberth.attacks.pgd.PGD"
     assert (default["init_args"]["steps"], default["init_args"]["loss"]) == (10, "wideberth.losses.margin_loss")
