@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from wideberth.evaluation import Evaluation
     from wideberth.evaluation.evaluate import evaluate
     from wideberth.models import load_model
+    from wideberth.randomness import Noise
     from wideberth.runs import Run
     from wideberth.training import (
         averaging,
@@ -38,6 +39,7 @@ __all__ = [
     "Diverged",
     "Evaluation",
     "InputError",
+    "Noise",
     "Optimization",
     "Policies",
     "RobustTraining",
@@ -69,6 +71,7 @@ _HOMES = {
     "Diverged": "wideberth.training.module",
     "Evaluation": "wideberth.evaluation",
     "InputError": "wideberth.checks",
+    "Noise": "wideberth.randomness",
     "Optimization": "wideberth.training.policies",
     "Policies": "wideberth.training.policies",
     "RobustTraining": "wideberth.training.module",

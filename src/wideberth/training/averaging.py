@@ -1,4 +1,4 @@
-"""Averaging of the weights: one set is trained, and the average of where it has been is what is judged and kept."""
+"""Averaging of the weights: one set is trained, and the average over training is validated and exported."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Averaging(L.Callback, ABC):
 
     While batches are trained on, the model holds the trained weights. From the last batch of an epoch to the first of
     the next (and whenever it is validated) it holds the average, so that held-out scores, checkpoints and the exported
-    weights are all the average's. The trained weights, with which a resumed run goes on, lie in the checkpoint beside
-    it. Buffers of the model (batch-norm statistics) are averaged as weights are, integers are copied; what policies
-    remember of the samples is not part of the model and stays as it is.
+    weights are all the average's. The trained weights, with which a resumed run continues, are in the checkpoint too.
+    Buffers of the model (batch-norm statistics) are averaged as weights are, integers are copied; what policies remember
+    about the samples is not part of the model and is not averaged.
     """
 
     begins = 0
@@ -42,10 +42,10 @@ class Averaging(L.Callback, ABC):
         """Whether to update after a batch; `stepped`: the optimizer did, `last`: the epoch ends with it."""
 
     def refresh(self, trainer: L.Trainer, module: RobustTraining) -> None:
-        """What a new average needs at the end of an epoch, while the model holds it."""
+        """Complete a new average at the end of an epoch, while the model holds it."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
+        """Reset what an earlier run left."""
         self.updates, self.average, self.trained, self._step = 0, {}, None, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -60,7 +60,7 @@ class Averaging(L.Callback, ABC):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Go on with the trained weights."""
+        """Put the trained weights back into the model."""
         if self.trained is not None:
             _fill(pl_module, self.trained)
             self.trained = None
@@ -94,7 +94,7 @@ class Averaging(L.Callback, ABC):
         return {"updates": self.updates, "average": self.average, "trained": self.trained}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up."""
+        """Restore them."""
         self.updates, self.average = state_dict["updates"], state_dict["average"]
         self.trained = state_dict["trained"]
 
@@ -151,7 +151,7 @@ class SWA(Averaging):
     and augmented, in train mode. Adversarial inputs would cost another attack on everything, after every epoch.
 
     What we do differently: statistics are refreshed after every epoch, and not once at the end, because the average is
-    judged on held-out data and may be kept.
+    validated on held-out data and may be exported.
     """
 
     def __init__(self, start: int) -> None:
@@ -168,7 +168,7 @@ class SWA(Averaging):
         return last and epoch >= self.start
 
     def refresh(self, trainer: L.Trainer, module: RobustTraining) -> None:
-        """Take the statistics of every batch norm that is in train mode anew: plain means over one epoch's batches."""
+        """Recompute the statistics of every batch norm in train mode: plain means over one epoch's batches."""
         norms = [
             m for m in module.model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
         ]
@@ -195,7 +195,7 @@ class SWA(Averaging):
 
 
 def tensors(module: L.LightningModule) -> dict[str, Tensor]:
-    """What is averaged, by name: weights and buffers of the model itself, without the memory of the policies."""
+    """The tensors that are averaged, by name: weights and buffers of the model, without the policies' state."""
     assert isinstance(module, RobustTraining)
     return {name: value for name, value in module.model.state_dict().items() if isinstance(value, Tensor)}
 

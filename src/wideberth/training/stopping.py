@@ -18,17 +18,17 @@ from wideberth.training.policies import within_norm
 class OverfittingGuard(L.Callback):
     """Stops training when robustness breaks down from one epoch to the next (Wong, Rice and Kolter 2020).
 
-    A model trained with one attack step may suddenly withstand that step and nothing else. So after each epoch PGD, in
-    the training attack's norm at the nominal radius, is let loose on the first batch that the epoch trained on.
+    A model trained with one attack step may suddenly become robust to that step and to nothing else. Therefore PGD, in
+    the training attack's norm at the policy's `eval_eps`, attacks the first training batch of each epoch after it.
 
     Args:
         drop: how much robust accuracy may fall within an epoch, as a share of the batch, in [0, 1].
         steps: of the attack.
 
     That epoch is not kept: the weights of the one before are the run's last. With weight averaging, the average is
-    judged.
+    attacked.
 
-    What we do differently: points count as broken where any step flipped them.
+    What we do differently: a point counts as adversarial where any step flipped it.
     """
 
     def __init__(self, drop: float = 0.2, steps: int = 5) -> None:
@@ -40,7 +40,7 @@ class OverfittingGuard(L.Callback):
         self._batch: Batch | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
+        """Reset what an earlier run left."""
         self.before, self.reason, self._batch = None, None, None
 
     def state_dict(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class OverfittingGuard(L.Callback):
         return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the accuracy after the last epoch."""
+        """Restore the accuracy after the last epoch."""
         self.before = state_dict["before"]
 
     def on_train_batch_start(
