@@ -20,8 +20,8 @@ class Averaging(L.Callback, ABC):
     While batches are trained on, the model holds the trained weights. From the last batch of an epoch to the first of
     the next (and whenever it is validated) it holds the average, so that held-out scores, checkpoints and the exported
     weights are all the average's. The trained weights, with which a resumed run continues, are in the checkpoint too.
-    Buffers of the model (batch-norm statistics) are averaged as weights are, integers are copied; what policies remember
-    about the samples is not part of the model and is not averaged.
+    Buffers of the model (batch-norm statistics) are averaged as weights are, integers are copied; what policies
+    remember about the samples is not part of the model and is not averaged.
     """
 
     begins = 0
