@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from wideberth import geometry, losses
-from wideberth.attacks import FGSM, PGD, Attack, AttackInputs, Spatial, State
+from wideberth.attacks import FGSM, PGD, Attack, AttackInputs, Spatial
+from wideberth.attacks.state import AttackState
 from wideberth.checks import InputError, Norm
 from wideberth.data import InMemory, Split, Tensors
 from wideberth.evaluation import Evaluation, evaluate, verify
@@ -68,7 +69,7 @@ def samples(model: nn.Sequential) -> tuple[Tensor, Tensor]:
 
 
 def comparable(table: pd.DataFrame) -> pd.DataFrame:
-    return table.sort_values("index", ignore_index=True)
+    return table.sort_values("index", ignore_index=True).drop(columns="position")
 
 
 @each_norm
@@ -243,10 +244,12 @@ class Liar(Attack):
     def num_steps(self) -> int:
         return 1
 
-    def init(self, inputs: AttackInputs) -> State:
-        return State.at(inputs, inputs.x)
+    def init(self, inputs: AttackInputs) -> AttackState:
+        return AttackState.at(inputs, inputs.x)
 
-    def step(self, model: nn.Module, inputs: AttackInputs, state: State, loss: losses.Loss | None = None) -> State:
+    def step(
+        self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: losses.Loss | None = None
+    ) -> AttackState:
         x, eps = inputs.x, geometry.column(inputs.eps, inputs.x)
         told = {
             "outside the ball": x + 3 * eps,
@@ -342,6 +345,7 @@ def test_saved_record_is_loaded_as_it_was(model: nn.Sequential, samples: tuple[T
     assert loaded.protocol == found.protocol
     assert loaded.summary() == found.summary()
     assert sorted(file.name for file in (tmp_path / "new" / "run").iterdir()) == [
+        "adversarial.safetensors",
         "evaluation.json",
         "evaluation.parquet",
     ]
@@ -383,7 +387,13 @@ def given(**change: Any) -> Mapping[str, Any]:
         ({"eps": -0.1}, "eps=-0.1: must be"),
         ({"eps": float("nan")}, "eps=nan"),
         ({"eps": float("inf")}, "eps=inf: must be"),
-        ({"eps": torch.tensor([0.1, 0.2])}, "eps=tensor([0.1000, 0.2000]): must be"),
+        (
+            {"eps": torch.tensor([0.1, 0.2])},
+            "eps of shape (2,): must be a number or one radius per sample, shape (4,)",
+        ),
+        ({"eps": [0.1, 0.2, -0.1, 0.1]}, "eps holds a negative or non-finite radius"),
+        ({"eps": pd.Series([0.1, float("nan"), 0.1, 0.1])}, "eps holds a negative or non-finite radius"),
+        ({"eps": ["a", "b", "c", "d"]}, "eps: a list that holds no numbers"),
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"rows": 0}, "rows=0: must be at least 1"),
         ({"rows": -3}, "rows=-3: must be at least 1"),
@@ -394,7 +404,7 @@ def given(**change: Any) -> Mapping[str, Any]:
             "suite: FGSM attacks in l2 and box (0.0, 1.0), the evaluation is in linf",
         ),
         ({"suite": {"FGSM": FGSM(box=(-1.0, 1.0))}}, "suite: FGSM attacks in linf and box (-1.0, 1.0)"),
-        ({"suite": {"turned": Spatial()}}, "suite: turned: Spatial knows no ball of a norm"),
+        ({"suite": {"turned": Spatial()}}, "suite: turned: Spatial has no ball of a norm"),
         ({"box": (1.0, 0.0), "suite": "pgd"}, "box=(1.0, 0.0): must be (low, high)"),
         ({"model": linear(torch.ones(1, 2), torch.zeros(1))}, "the model returned shape (4, 1) for 4 inputs"),
         ({"model": linear(torch.eye(2) * torch.nan, torch.zeros(2))}, "the model returned NaN or infinite logits"),

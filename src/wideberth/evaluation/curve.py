@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 
 from wideberth.checks import InputError
-from wideberth.evaluation.verify import TOLERANCE
+from wideberth.verification import TOLERANCE
 
 
 def accuracy_curve(

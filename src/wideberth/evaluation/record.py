@@ -10,8 +10,13 @@ from typing import Any, Literal
 
 import pandas as pd
 from scipy.stats import binomtest
+from torch import nn
 
 from wideberth.checks import InputError, choice
+from wideberth.data import Data, Readable
+from wideberth.evaluation.evidence import AdversarialPoints
+from wideberth.evaluation.recheck import Verification, recheck
+from wideberth.evaluation.samples import upgraded_table
 from wideberth.runs import write_atomically
 
 
@@ -21,13 +26,16 @@ class Evaluation:
 
     Attributes:
         samples: one row per sample: index, label, clean_prediction, adversarial_prediction, clean_correct, robust,
-            logit_margin, effective_margin, effective_weight_norm, distance (of the point that broke it), attack (that
-            did), evaluations (forwards and backwards spent).
+            logit_margin, effective_margin, effective_weight_norm, distance (of the adversarial point), attack (that
+            found it; "clean" where the sample is misclassified as it is), job and step (of that attack), eps, position
+            (in the data), evaluations (forwards and backwards spent).
         protocol: how it was found: norm, eps, suite, seed, the attacks in order, versions.
+        adversarial: the adversarial point of every sample that has one; None where they were not kept.
     """
 
     samples: pd.DataFrame
     protocol: dict[str, Any]
+    adversarial: AdversarialPoints | None = None
 
     @property
     def clean_accuracy(self) -> float:
@@ -45,6 +53,23 @@ class Evaluation:
         hits = self.samples["robust" if which == "robust" else "clean_correct"]
         found = binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence, method="exact")
         return float(found.low), float(found.high)
+
+    def verify(self, model: nn.Module, data: Data | Readable | None = None, batch_size: int = 256) -> Verification:
+        """Check every stored adversarial point again: in the ball, in the box and misclassified; without a search.
+
+        Args:
+            model: the one that was evaluated; given back as it was.
+            data: what it was evaluated on (a `Data`: its test split); None: the data set that the protocol describes,
+                where it is one of wideberth's own.
+            batch_size: points at a time.
+
+        Returns:
+            How many points agree with the record, and which do not, with the reason.
+
+        Raises:
+            InputError: where the record holds no points, or the data do not go with it.
+        """
+        return recheck(model, self.samples, self.protocol, self.adversarial, data, batch_size)
 
     def summary(self) -> dict[str, Any]:
         """What evaluation.json holds."""
@@ -69,8 +94,10 @@ class Evaluation:
         return told
 
     def save(self, out: str | Path) -> Path:
-        """Write evaluation.json and evaluation.parquet into a directory (made if need be), atomically."""
+        """Write evaluation.json, evaluation.parquet and the adversarial points (adversarial.safetensors), atomically."""
         out = Path(out)
+        if self.adversarial is not None:
+            self.adversarial.save(out / "adversarial.safetensors")
         write_atomically(out / "evaluation.parquet", lambda file: self.samples.to_parquet(file))
         text = json.dumps(self.summary(), indent=2)
         write_atomically(out / "evaluation.json", lambda file: file.write_text(text))
@@ -87,6 +114,8 @@ class Evaluation:
         if not (out / "evaluation.json").is_file() or not (out / "evaluation.parquet").is_file():
             raise InputError(f"{str(out)!r}: holds no evaluation; run `wideberth evaluate` on it first")
         told = json.loads((out / "evaluation.json").read_text())
-        samples = pd.read_parquet(out / "evaluation.parquet")
+        samples = upgraded_table(pd.read_parquet(out / "evaluation.parquet"))
+        points = out / "adversarial.safetensors"
+        adversarial = AdversarialPoints.load(points) if points.is_file() else None
         derived = cls(samples, {}).summary().keys()
-        return cls(samples, {name: value for name, value in told.items() if name not in derived})
+        return cls(samples, {name: value for name, value in told.items() if name not in derived}, adversarial)

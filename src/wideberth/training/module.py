@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from wideberth import losses
 from wideberth.attacks import Attack, AttackInputs, perturb_batch
 from wideberth.checks import Box, InputError
-from wideberth.evaluation.verify import judging, verify
 from wideberth.modes import lent
 from wideberth.randomness import Noise, fold, own_generators
 from wideberth.training.batch import BatchContext, TrainingPoints
@@ -26,6 +25,7 @@ from wideberth.training.policies import Optimization, Policies, default_validati
 from wideberth.training.radii import Zero
 from wideberth.training.sample_state import SampleState
 from wideberth.training.weightings import Uniform
+from wideberth.verification import verification_mode, verify
 
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """x (B, ...), y (B,) int64 labels, index (B,) int64."""
@@ -250,7 +250,7 @@ class RobustTraining(L.LightningModule):
             found = perturb_batch(attack, self.model, AttackInputs(x, y, eps, noise), check_success=False).x
         if attack.norm_bounded:
             return ~verify(self.model, x, y, found, eps, attack.norm, attack.box)
-        with judging(self.model, x):
+        with verification_mode(self.model, x):
             return ~losses.misclassified(self.model(found), y)
 
     def configure_optimizers(self) -> Any:
