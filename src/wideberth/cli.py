@@ -11,6 +11,7 @@ COMMANDS = {
     "quickstart": "the papers' comparison in miniature on built-in data, ending in report.html",
     "train": "train a model by a recipe or by options, and leave a run directory",
     "evaluate": "clean accuracy and accuracy under attack of a model, each broken sample verified",
+    "verify": "check every adversarial point of an evaluation again, in seconds",
     "margins": "effective margins of a model, sample by sample",
     "compare": "one table and one trade-off plot of several runs",
     "report": "the self-contained report.html of one or several runs",
@@ -33,7 +34,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Run a command; the exit code is 0, 1 where `verify` disagrees, 2 for bad input (one line on stderr), 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # classes of the user's own, named on the command line, may live here
     try:
-        import_module(f"wideberth.commands.{name}").main(rest)
+        code = import_module(f"wideberth.commands.{name}").main(rest)
     except InputError as error:
         print(f"wideberth {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"wideberth {name}: interrupted; what was finished is kept (train: continue with --resume)", file=sys.stderr
         )
         return 130
-    return 0
+    return int(code or 0)
 
 
 def program() -> int:

@@ -21,7 +21,7 @@ from wideberth.attacks import PGD, PMA, Attack, Square, Stage
 from wideberth.attacks.schedule import Schedule
 from wideberth.attacks.state import AttackInputs
 from wideberth.checks import InputError
-from wideberth.evaluation import evaluate
+from wideberth.evaluation import Evaluation, evaluate
 from wideberth.randomness import Noise
 
 EPS = 0.12
@@ -175,20 +175,35 @@ def test_the_state_of_another_evaluation_is_refused(tmp_path: Path) -> None:
 SHARE = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from test_verdict import EPS, LINE_UP, problem
+from test_verdict import radii_of_each, LINE_UP, problem
 from wideberth.evaluation import evaluate, shards
 model, x, y = problem()
-found = evaluate(model, (x, y), eps=EPS, suite=LINE_UP, margin=False, batch_size=8)
+found = evaluate(model, (x, y), eps=radii_of_each(), suite=LINE_UP, radii=True, batch_size=8)
 if shards.mine()[0] == 0:
-    found.samples.to_parquet(sys.argv[2])
-    print(json.dumps(found.protocol["processes"]))
+    found.save(sys.argv[2])
+else:
+    assert found.verify(model, (x, y)).agreed == len(found.adversarial) > 5
 """
 
 
-def test_two_processes_reach_the_same_verdict(whole: pd.DataFrame, tmp_path: Path) -> None:
-    script, out = tmp_path / "share.py", tmp_path / "table.parquet"
+def radii_of_each() -> Tensor:
+    """Different radii for the samples, none of them 0."""
+    return EPS * torch.linspace(0.5, 1.5, 40, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Evaluation:
+    model, x, y = problem()
+    return evaluate(model, (x, y), eps=radii_of_each(), suite=LINE_UP, radii=True, batch_size=8)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_reach_the_same_verdict_and_the_same_grade(
+    processes: int, alone: Evaluation, tmp_path: Path
+) -> None:
+    script, out = tmp_path / "share.py", tmp_path / "record"
     script.write_text(SHARE)
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     run = subprocess.run(
         [sys.executable, *words, str(script), str(Path(__file__).parent), str(out)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -198,8 +213,25 @@ def test_two_processes_reach_the_same_verdict(whole: pd.DataFrame, tmp_path: Pat
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.strip().splitlines()[-1]) == 2
-    assert_frame_equal(pd.read_parquet(out), whole, rtol=1e-9, check_dtype=False)
+    found = Evaluation.load(out)
+    assert found.protocol["processes"] == processes
+    assert_frame_equal(found.samples, alone.samples, rtol=1e-9, check_dtype=False)
+    assert found.protocol["grade"] == alone.protocol["grade"]
+    assert found.protocol["findings"] == json.loads(json.dumps(alone.protocol["findings"]))
+    assert sum(bool(finding["measured"]) for finding in found.protocol["findings"]) > 10
+    assert found.adversarial is not None
+    assert alone.adversarial is not None
+    assert torch.equal(found.adversarial.position, alone.adversarial.position)
+    assert torch.allclose(found.adversarial.x(), alone.adversarial.x(), rtol=1e-9)
+    model, x, y = problem()
+    assert not found.verify(model, (x, y)).disagreements
+
+
+def test_the_grade_does_not_depend_on_the_order_of_the_data() -> None:
+    """Samples are examined by what the data call them, wherever they stand."""
+    model, x, y = problem()
+    records = [evaluate(model, data, eps=EPS, suite=LINE_UP, margin=False) for data in ((x, y), Shuffled())]
+    assert records[0].protocol["findings"] == records[1].protocol["findings"]
 
 
 @pytest.mark.parametrize("parallel_restarts", [1, 2])

@@ -102,7 +102,8 @@ def recheck(
     stored = set(points.position.tolist())
     adversarial = known[known["adversarial"]]
     lost = adversarial[~adversarial.index.isin(stored)]
-    found += [Disagreement(int(place), int(row["index"]), MISSING) for place, row in lost.iterrows()]
+    names = zip(lost.index.tolist(), lost["index"].tolist(), strict=True)
+    found += [Disagreement(place, index, MISSING) for place, index in names]
     checked = len(adversarial) + sum(each.reason.startswith(NOT_COUNTED) for each in found)
     return Verification(checked, tuple(sorted(found, key=lambda each: each.position)))
 

@@ -94,7 +94,7 @@ class Evaluation:
         return told
 
     def save(self, out: str | Path) -> Path:
-        """Write evaluation.json, evaluation.parquet and the adversarial points (adversarial.safetensors), atomically."""
+        """Write evaluation.json, evaluation.parquet and adversarial.safetensors (the points), atomically."""
         out = Path(out)
         if self.adversarial is not None:
             self.adversarial.save(out / "adversarial.safetensors")
