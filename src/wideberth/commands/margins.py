@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import torch
 from rich.table import Table
 
-from wideberth import losses, margins
+from wideberth import margins
 from wideberth.checks import InputError, Norm
 from wideberth.commands.evaluate import subject
 from wideberth.commands.parsing import call, print_to_terminal
 from wideberth.data import Data
-from wideberth.modes import lent
 from wideberth.runs import write_atomically
 
 
@@ -46,24 +43,9 @@ def run(
     if weights is not None and out is None and Path(model).is_dir():
         raise InputError("--out: needed with --weights, since the table in the run directory is about its own weights")
     network, source = subject(model, data, weights, architecture)
-    device, split, tables = next(network.parameters()).device, source.test(), []
+    split = source.test()
     total = min(len(split), rows or len(split))
-    for begin in range(0, total, batch_size):
-        x, y, index = split.__getitems__(list(range(begin, min(begin + batch_size, total))))
-        x, y = x.to(device), y.to(device)
-        with lent(network), torch.no_grad():
-            logit = losses.logit_margin(network(x), y)
-        margin, weight, nearest = margins.measure(network, x, y, norm)
-        columns = {
-            "index": index,
-            "label": y,
-            "logit_margin": logit,
-            "effective_margin": margin,
-            "effective_weight_norm": weight,
-            "nearest_class": nearest,
-        }
-        tables.append(pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()}))
-    table = pd.concat(tables, ignore_index=True)
+    table = margins.table(network, split, norm, range(total), batch_size)
     view = Table("quantile", "logit margin", "effective margin", "effective weight norm", title=f"{norm}, n = {total}")
     for q in (0.05, 0.25, 0.5, 0.75, 0.95):
         values = [table[name].quantile(q) for name in ("logit_margin", "effective_margin", "effective_weight_norm")]

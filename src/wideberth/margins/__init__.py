@@ -8,16 +8,20 @@ change (and the box is not in the way); elsewhere it is a first-order estimate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from wideberth import checks, geometry
 from wideberth.checks import Norm
+from wideberth.data import Readable, batches
 from wideberth.gradients import gradient_of, require_gradient
 from wideberth.losses import logit_margin as logit_margin_of
 from wideberth.modes import lent
 
-__all__ = ["effective_margin", "effective_weight_norm", "logit_margin", "measure"]
+__all__ = ["effective_margin", "effective_weight_norm", "logit_margin", "measure", "table"]
 
 
 def logit_margin(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -64,6 +68,48 @@ def measure(
     parts = [_measure(model, x[b : b + batch_size], y[b : b + batch_size], norm) for b in begins]
     margin, weight, nearest = (torch.cat(column) for column in zip(*parts, strict=True))
     return margin, weight, nearest
+
+
+def table(
+    model: nn.Module,
+    source: Readable,
+    norm: Norm = "l2",
+    positions: Sequence[int] | Tensor | None = None,
+    batch_size: int = 256,
+) -> pd.DataFrame:
+    """Margins of many samples, read a batch at a time: memory does not grow with the size of the inputs.
+
+    Args:
+        model: maps (B, ...) to logits (B, K >= 2); run where its parameters are, given back as it was.
+        source: a split, a torch data set of (x, y) or (x, y, index), or tensors (x, y).
+        norm: the norm in which distance is meant.
+        positions: which samples of the source, (n,) (default: all).
+        batch_size: samples at a time.
+
+    Returns:
+        One row per sample: index, label, logit_margin, effective_margin, effective_weight_norm and nearest_class; see
+        `measure`.
+
+    Raises:
+        InputError: for a norm, samples, labels or logits that cannot be used, and where there is no sample.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    tables = []
+    for x, y, index in batches(source, positions, batch_size):
+        x, y = x.to(device), y.to(device)
+        margin, weight, nearest = measure(model, x, y, norm)
+        columns = {
+            "index": index,
+            "label": y,
+            "logit_margin": logit_margin(model, x, y),
+            "effective_margin": margin,
+            "effective_weight_norm": weight,
+            "nearest_class": nearest,
+        }
+        tables.append(pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()}))
+    if not tables:
+        raise checks.InputError("data: holds no samples")
+    return pd.concat(tables, ignore_index=True)
 
 
 def _measure(model: nn.Module, x: Tensor, y: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
