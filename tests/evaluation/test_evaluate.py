@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from wideberth import geometry, losses
-from wideberth.attacks import FGSM, PGD, Attack, AttackInputs, Spatial
-from wideberth.attacks.state import AttackState
+from wideberth.attacks import FGSM, PGD, Attack, AttackInputs, AttackState, Spatial
 from wideberth.checks import InputError, Norm
 from wideberth.data import InMemory, Split, Tensors
 from wideberth.evaluation import Evaluation, evaluate, verify
@@ -235,8 +234,8 @@ def test_constant_model_is_as_robust_as_it_is_right() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Liar(Attack):
-    """Says that it broke everything, by a point that is not allowed or not broken."""
+class Liar(Attack[AttackState]):
+    """Claims success for every sample, with a point that is not allowed or not misclassified."""
 
     lie: str = ""
 
@@ -245,11 +244,9 @@ class Liar(Attack):
         return 1
 
     def init(self, inputs: AttackInputs) -> AttackState:
-        return AttackState.at(inputs, inputs.x)
+        return AttackState.initial(inputs, inputs.x)
 
-    def step(
-        self, model: nn.Module, inputs: AttackInputs, state: AttackState, loss: losses.Loss | None = None
-    ) -> AttackState:
+    def update(self, model: nn.Module, inputs: AttackInputs, state: AttackState) -> AttackState:
         x, eps = inputs.x, geometry.column(inputs.eps, inputs.x)
         told = {
             "outside the ball": x + 3 * eps,
@@ -260,8 +257,8 @@ class Liar(Attack):
             "the truth": x + eps,
             "the truth, denied": x + eps,
         }[self.lie]
-        broken = torch.full_like(inputs.y, self.lie != "the truth, denied", dtype=torch.bool)
-        return replace(state, kept=told, broken=broken, iteration=state.iteration + 1)
+        success = torch.full_like(inputs.y, self.lie != "the truth, denied", dtype=torch.bool)
+        return replace(state, best=told, adversarial=success, iteration=state.iteration + 1)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -162,10 +163,7 @@ class Search:
 
     def run(self, state: SearchState) -> None:
         """Run the stages that the state has not seen yet on the samples that are still robust; update the state."""
-        few = self.samples.inputs(torch.arange(min(_COMPARED, len(self.samples)))).to(self.samples.device)
-        copies = {"float32": fused(self.model, few)}
-        if any(stage.precision == "bfloat16" for stage in self.line_up.values()):
-            copies["bfloat16"] = narrowed(copies["float32"], few)
+        copies = self._copies()
         try:
             for place, (name, stage) in enumerate(self.line_up.items()):
                 if place >= int(state.stage_under_way):
@@ -175,6 +173,14 @@ class Search:
         except BaseException:
             self.save(state)
             raise
+
+    def _copies(self) -> dict[str, nn.Module]:
+        """The optimised copies of the model that searches of each precision query."""
+        few = self.samples.inputs(torch.arange(min(_COMPARED, len(self.samples)))).to(self.samples.device)
+        copies = {"float32": fused(self.model, few)}
+        if any(stage.precision == "bfloat16" for stage in self.line_up.values()):
+            copies["bfloat16"] = narrowed(copies["float32"], few)
+        return copies
 
     def _run_stage(self, name: str, stage: Stage, copy: nn.Module, state: SearchState) -> None:
         """Run the stage under way; its attack searches on the optimised copy of the model."""
@@ -216,7 +222,7 @@ class Search:
             parallel_restarts=stage.parallel_restarts,
         )
 
-    def _verify(self, attack: Attack[S], ended: Jobs, state: SearchState) -> Tensor:
+    def _verify(self, attack: Attack[Any], ended: Jobs, state: SearchState) -> Tensor:
         """Check the points of jobs that ended and record those that are adversarial.
 
         Returns:
@@ -243,4 +249,3 @@ class Search:
         state.adversarial_prediction[new] = losses.predictions(checked.logits).cpu()[better]
         state.distance[new] = distance[better]
         return ~adversarial if samples.bounded else torch.ones_like(adversarial)
-
