@@ -63,11 +63,22 @@ def check_points(
     """
     with verification_mode(model, points):
         logits = model(points)
+    in_ball, in_box, distance = _placed(x, points, eps, norm, box)
+    return CheckedPoints(logits, distance, in_ball, in_box, losses.misclassified(logits, y))
+
+
+def _placed(x: Tensor, points: Tensor, eps: float | Tensor, norm: Norm, box: Box) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether each point is in the ball and in the box, (B,) bool each, and its distance (B,) float64."""
     distance = geometry.norm(points.double() - x.double(), norm)
     radius = geometry.per_sample(eps, x).double() * (1 + TOLERANCE)
     flat = points.flatten(1)
-    in_box = (flat >= box[0]).all(1) & (flat <= box[1]).all(1)
-    return CheckedPoints(logits, distance, distance <= radius, in_box, losses.misclassified(logits, y))
+    return distance <= radius, (flat >= box[0]).all(1) & (flat <= box[1]).all(1), distance
+
+
+def inside(x: Tensor, points: Tensor, eps: float | Tensor, norm: Norm, box: Box = (0.0, 1.0)) -> Tensor:
+    """Whether each point (B, ...) is in the ball around its input x (B, ...) and in the box, (B,) bool."""
+    in_ball, in_box, _ = _placed(x, points, eps, norm, box)
+    return in_ball & in_box
 
 
 def verify(

@@ -48,9 +48,9 @@ from wideberth.attacks import (
 )
 from wideberth.attacks.drivers import perturb_batch
 from wideberth.checks import Box, InputError
-from wideberth.evaluation.verify import inside
 from wideberth.modes import lent
 from wideberth.randomness import Noise
+from wideberth.verification import inside
 
 CASES = os.environ.get("WIDEBERTH_HUNT")
 INFINITE = float("inf")

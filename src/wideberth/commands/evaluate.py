@@ -61,6 +61,7 @@ def run(
     weights: str | None = None,
     architecture: dict[str, Any] | None = None,
     progress: bool = True,
+    evidence: bool = True,
 ) -> None:
     """Measure the accuracy of a model on the test split of a data set, clean and under attack.
 
@@ -82,6 +83,7 @@ def run(
         weights: a file of weights for a model named by its architecture.
         architecture: class_path and init_args, for a .safetensors file on its own.
         progress: show a progress bar.
+        evidence: keep the adversarial points, which `wideberth verify` checks again.
     """
     choice("suite", suite, tuple(SUITES))
     if weights is not None and out is None and Path(model).is_dir():
@@ -102,6 +104,7 @@ def run(
         radii=radii,
         seed=seed,
         progress=progress,
+        evidence=evidence,
         state=None if target is None else Path(target) / "evaluation.state",
     )
     if shards.mine()[0] > 0:
