@@ -1,4 +1,4 @@
-"""Memory is bounded by what is under way: inputs are read when they are needed, and let go of."""
+"""Memory is bounded by what is under way: inputs are read when they are needed, and freed after it."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from wideberth.data.downloads import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIS
 from wideberth.data.hub import HuggingFace
 from wideberth.data.images import ImageFolders, ImageNet, ParquetImages
 from wideberth.data.loading import KeyedSampler, loader
-from wideberth.data.reading import Readable, batches, count, read
+from wideberth.data.reading import Readable, batches, collect, count, read
 from wideberth.data.sources import Data, Digits, FromDatasets, Tensors
 from wideberth.data.splits import Batch, InMemory, Lazy, Source, Split
 
@@ -34,6 +34,7 @@ __all__ = [
     "Split",
     "Tensors",
     "batches",
+    "collect",
     "count",
     "loader",
     "read",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import index as as_integer
 from typing import Any, TypeAlias
 
@@ -75,3 +75,22 @@ def batches(
     places = range(count(source)) if positions is None else positions
     for begin in range(0, len(places), batch_size):
         yield read(source, places[begin : begin + batch_size])
+
+
+def collect(parts: Iterable[Mapping[str, Tensor]], size: int) -> dict[str, Tensor]:
+    """Columns (size, ...) on the CPU from what is known of one batch after the other, (B, ...) each.
+
+    They are allocated at the first batch. Many small tensors kept from many batches would each hold a gap in the heap
+    open between the large ones that were freed, so that the process grew with the number of batches.
+    """
+    columns: dict[str, Tensor] = {}
+    begin = 0
+    for part in parts:
+        rows = 0
+        for name, values in part.items():
+            if name not in columns:
+                columns[name] = torch.empty((size, *values.shape[1:]), dtype=values.dtype)
+            rows = len(values)
+            columns[name][begin : begin + rows] = values
+        begin += rows
+    return columns

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wideberth import checks, geometry, losses, margins
 from wideberth.attacks import AttackInputs
 from wideberth.checks import InputError
-from wideberth.data import Readable, batches, read
+from wideberth.data import Readable, batches, collect, read
 from wideberth.evaluation.evidence import as_bytes
 from wideberth.evaluation.protocol import Protocol
 from wideberth.randomness import Noise
@@ -111,11 +111,12 @@ def read_samples(
     Raises:
         InputError: for inputs, labels or logits that cannot be used.
     """
-    parts: dict[str, list[Tensor]] = {}
     first = first_classes = None
-    for x, y, index in batches(source, positions, protocol.batch_size):
+
+    def described(x: Tensor, y: Tensor, index: Tensor) -> dict[str, Tensor]:
+        nonlocal first, first_classes
         checks.valid_inputs(x, protocol.box)
-        first, hashes = x[:0] if first is None else first, row_hashes(x)
+        first, hashes = x[:0].clone() if first is None else first, row_hashes(x)
         x, y = x.to(device), y.to(device)
         with verification_mode(model, x):
             logits = model(x)
@@ -126,11 +127,11 @@ def read_samples(
         held |= {"y": y, "index": index, "clean_hash": hashes}
         if protocol.margin:
             held["effective_margin"], held["effective_weight_norm"], _ = margins.measure(model, x, y, protocol.norm)
-        for name, value in held.items():
-            parts.setdefault(name, []).append(value.cpu())
+        return held
+
+    known = collect((described(*batch) for batch in batches(source, positions, protocol.batch_size)), len(positions))
     if first is None or first_classes is None:
         raise InputError("data: holds no samples")
-    known = {name: torch.cat(values) for name, values in parts.items()}
     return Samples(
         source=source,
         device=device,

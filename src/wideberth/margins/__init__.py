@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wideberth import checks, geometry
 from wideberth.checks import Norm
-from wideberth.data import Readable, batches
+from wideberth.data import Readable, batches, collect, count
 from wideberth.gradients import gradient_of, require_gradient
 from wideberth.losses import logit_margin as logit_margin_of
 from wideberth.modes import lent
@@ -94,11 +94,11 @@ def table(
         InputError: for a norm, samples, labels or logits that cannot be used, and where there is no sample.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    tables = []
-    for x, y, index in batches(source, positions, batch_size):
+
+    def measured(x: Tensor, y: Tensor, index: Tensor) -> dict[str, Tensor]:
         x, y = x.to(device), y.to(device)
         margin, weight, nearest = measure(model, x, y, norm)
-        columns = {
+        return {
             "index": index,
             "label": y,
             "logit_margin": logit_margin(model, x, y),
@@ -106,10 +106,12 @@ def table(
             "effective_weight_norm": weight,
             "nearest_class": nearest,
         }
-        tables.append(pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()}))
-    if not tables:
+
+    size = count(source) if positions is None else len(positions)
+    if not size:
         raise checks.InputError("data: holds no samples")
-    return pd.concat(tables, ignore_index=True)
+    columns = collect((measured(*batch) for batch in batches(source, positions, batch_size)), size)
+    return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
 
 
 def _measure(model: nn.Module, x: Tensor, y: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
