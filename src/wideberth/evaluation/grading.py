@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from wideberth.data import Readable, read
 from wideberth.evaluation import shards
+from wideberth.evaluation.diagnostics import Finding, Grade, examine, grade
 from wideberth.evaluation.protocol import Protocol
-from wideberth.evaluation.suspicion import Finding, Grade, examine, grade
 
 
 @dataclass(frozen=True)

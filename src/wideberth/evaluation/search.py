@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wideberth import losses
+from wideberth.acceleration import optimised_copy
 from wideberth.attacks.base import Attack
 from wideberth.attacks.restarts import jobs_of
 from wideberth.attacks.schedule import Jobs, Schedule
@@ -28,7 +29,6 @@ from wideberth.evaluation.console import Watch
 from wideberth.evaluation.evidence import RowFile
 from wideberth.evaluation.protocol import Protocol
 from wideberth.evaluation.samples import Samples
-from wideberth.models.stand_in import fused, narrowed
 from wideberth.modes import lent
 from wideberth.randomness import fold
 from wideberth.runs import write_atomically
@@ -177,9 +177,9 @@ class Search:
     def _copies(self) -> dict[str, nn.Module]:
         """The optimised copies of the model that searches of each precision query."""
         few = self.samples.inputs(torch.arange(min(_COMPARED, len(self.samples)))).to(self.samples.device)
-        copies = {"float32": fused(self.model, few)}
+        copies = {"float32": optimised_copy(self.model, few)}
         if any(stage.precision == "bfloat16" for stage in self.line_up.values()):
-            copies["bfloat16"] = narrowed(copies["float32"], few)
+            copies["bfloat16"] = optimised_copy(copies["float32"], few, "bfloat16")
         return copies
 
     def _run_stage(self, name: str, stage: Stage, copy: nn.Module, state: SearchState) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wideberth import checks
 from wideberth.checks import Box, Norm, one_line
 from wideberth.evaluation.diagnostics import symptoms
-from wideberth.evaluation.diagnostics.probe import NotExamined, Probe, Recorded, Stages, Threat, choose_samples
+from wideberth.evaluation.diagnostics.probe import Inputs, NotExamined, Probe, Recorded, Stages, Threat, choose_samples
 from wideberth.evaluation.diagnostics.symptoms import Observation, Severity
 from wideberth.modes import untouched
 
@@ -175,7 +175,7 @@ _WITH_MODE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Instance
 
 def examine(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | Inputs,
     y: Tensor,
     *,
     eps: float | Tensor,
@@ -193,7 +193,8 @@ def examine(
 
     Args:
         model: maps (B, ...) in the box to logits (B, K); examined in eval mode on the device of its parameters.
-        x: (N, ...) floating point in the box; the samples that the record is about, or any others.
+        x: (N, ...) floating point in the box; the samples that the record is about, or any others. A tensor, or an
+            object that reads the rows that it is indexed by.
         y: (N,) int64 labels.
         eps: one radius, or (N,) radii, in units of the input.
         norm: "linf", "l2" or "l1".
@@ -215,7 +216,8 @@ def examine(
     checks.valid_box(box)
     checks.valid_eps(eps, len(x))
     checks.at_least("rows", rows, 1)
-    checks.valid_inputs(x, box)
+    if isinstance(x, Tensor):
+        checks.valid_inputs(x, box)
     device = next((p.device for p in model.parameters()), x.device)
     # To compile for each kind of pass here would cost more than the examination; the function is the same.
     model = getattr(model, "_orig_mod", model)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import pandas as pd
 import torch
@@ -34,6 +34,19 @@ RANDOM_OUTPUT = 0.01
 
 Stages: TypeAlias = Sequence[Mapping[str, Any]] | Mapping[str, bool]
 """A record's attacks in order: a list of {name, settings}, or a mapping from names to whether they need gradients."""
+
+
+class Inputs(Protocol):
+    """Inputs that are read when they are indexed by rows (B,) int64, so that a few of many can be examined."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that rows are read to."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
 
 
 class NotExamined(Exception):
@@ -326,7 +339,7 @@ def relative_difference(logits: Tensor, other: Tensor) -> float:
     return float(((logits.double() - other.double()).norm(dim=1) / size).max())
 
 
-def choose_samples(model: nn.Module, x: Tensor, y: Tensor, seed: int, rows: int) -> Samples:
+def choose_samples(model: nn.Module, x: Tensor | Inputs, y: Tensor, seed: int, rows: int) -> Samples:
     """Up to `rows` samples that the model classifies correctly; any others, and the obstacle, where there are none.
 
     Args:
