@@ -34,7 +34,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 1 where `verify` disagrees, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Run a command; returns 0, 1 where `verify` disagrees, 2 for bad input (one line on stderr), 130 if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
