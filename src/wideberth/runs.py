@@ -8,24 +8,39 @@ export.json           of which epoch (0-based) they are, and why training ended 
 samples.parquet       one row per training sample: index, label, radius, ...
 radii.parquet         histogram of the radii per epoch: epoch, low, high, count
 extremes.npz          the training samples with the smallest and the largest radii
-evaluation.json       the verdict: accuracies, intervals, protocol
-evaluation.parquet    one row per evaluated sample
+evaluations/NAME/     one folder for each evaluation; NAME tells norm, eps, suite and number of samples
+  evaluation.json     accuracies, intervals, protocol
+  evaluation.parquet  one row per evaluated sample
 report.html           what people read
+
+Version 0.1 kept one evaluation, in the run directory itself. It is read as the oldest one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import yaml
 
 from wideberth.checks import InputError
+from wideberth.configuration import one_line
+
+EVALUATIONS = "evaluations"
+"""The folder of a run directory that holds its evaluations."""
+SCHEMA_VERSION = 2
+"""Of evaluation.json and evaluation.parquet. Version 0.1 wrote none, which counts as 1."""
+RENAMED = {"run": "job", "closest": "max_probability_margin"}
+"""Columns of evaluation.parquet in version 0.1, and their names today."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -39,17 +54,92 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Make whatever a damaged file makes its reader raise one line that names the file (`InputError`)."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = shorten(one_line(error), 200, placeholder=" ...")
+        raise InputError(f"{str(file)!r}: cannot be read ({reason})") from error
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """A saved evaluation: a folder with evaluation.json and evaluation.parquet; each property reads its file.
+
+    Attributes:
+        path: the folder.
+        name: the folder's own; "evaluation" for the one that version 0.1 kept in the run directory itself.
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What evaluation.json holds: the accuracies and the protocol.
+
+        Raises:
+            InputError: where it cannot be read, or a newer version of wideberth wrote it.
+        """
+        file = self.path / "evaluation.json"
+        with reading(file):
+            summary = _mapping(json.loads(file.read_text(encoding="utf-8")))
+        version = summary.get("schema_version", 1)
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise InputError(
+                f"{str(file)!r}: has schema version {version!r}, and this version of wideberth reads those up to "
+                f"{SCHEMA_VERSION}; read it with a newer one"
+            )
+        return summary
+
+    @property
+    def samples(self) -> pd.DataFrame | None:
+        """One row per evaluated sample, by today's column names; None where there is no evaluation.parquet.
+
+        Raises:
+            InputError: where it cannot be read, or belongs to another evaluation than evaluation.json.
+        """
+        file = self.path / "evaluation.parquet"
+        if not file.is_file():
+            return None
+        expected = self.summary.get("id")
+        with reading(file):
+            table = pq.read_table(file)
+            held = (table.schema.metadata or {}).get(b"wideberth_id", b"").decode() or None
+            samples: pd.DataFrame = table.to_pandas()
+        if held != expected:
+            raise InputError(f"{str(file)!r}: is of another evaluation than the evaluation.json beside it")
+        return upgraded(samples)
+
+
+def upgraded(samples: pd.DataFrame) -> pd.DataFrame:
+    """A table of evaluated samples with the columns of version 0.1 under the names they have today."""
+    return samples.rename(columns={old: new for old, new in RENAMED.items() if new not in samples})
+
+
 class Run:
     """The records of one run directory; each property reads its file, or returns None where there is none.
 
+    Args:
+        path: the directory.
+        evaluation: the name of the evaluation that is read; the newest if None.
+
     Raises:
-        InputError: when the directory does not exist (or, for `config`, holds no config.yaml).
+        InputError: when the directory does not exist, it has no evaluation of this name, or the file of a property
+            cannot be read (or, for `config`, is not there).
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, evaluation: str | None = None) -> None:
         self.path = Path(path)
+        self._evaluation = evaluation
         if not self.path.is_dir():
             raise InputError(f"run {str(path)!r}: no such directory")
+        if evaluation is not None:
+            self._chosen_evaluation()
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -111,16 +201,47 @@ class Run:
             return dict(arrays)
 
     @property
+    def evaluations(self) -> list[EvaluationRecord]:
+        """All evaluations of the run, oldest first."""
+        old = [EvaluationRecord(self.path, "evaluation")] if (self.path / "evaluation.json").is_file() else []
+        folders = [file.parent for file in (self.path / EVALUATIONS).glob("*/evaluation.json")]
+        records = [EvaluationRecord(folder, folder.name) for folder in folders if not folder.name.startswith(".")]
+        return old + sorted(records, key=lambda record: (str(record.summary.get("saved")), record.name))
+
+    @property
     def evaluation(self) -> dict[str, Any] | None:
-        """The verdict, as evaluation.json holds it."""
-        file = self.path / "evaluation.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        """The newest evaluation, or the one that was asked for, as its evaluation.json holds it."""
+        record = self._chosen_evaluation()
+        return None if record is None else record.summary
 
     @property
     def evaluation_samples(self) -> pd.DataFrame | None:
-        """One row per evaluated sample."""
-        return self._table("evaluation")
+        """One row per sample of this evaluation."""
+        record = self._chosen_evaluation()
+        return None if record is None else record.samples
+
+    @property
+    def evaluation_name(self) -> str | None:
+        """The name of this evaluation."""
+        record = self._chosen_evaluation()
+        return None if record is None else record.name
+
+    def _chosen_evaluation(self) -> EvaluationRecord | None:
+        records = self.evaluations
+        if self._evaluation is None:
+            return records[-1] if records else None
+        for record in records:
+            if record.name == self._evaluation:
+                return record
+        names = ", ".join(record.name for record in records) or "none"
+        raise InputError(f"evaluation={self._evaluation!r}: {str(self.path)!r} holds {names}")
 
     def _table(self, stem: str) -> pd.DataFrame | None:
         file = self.path / f"{stem}.parquet"
         return pd.read_parquet(file) if file.is_file() else None
+
+
+def _mapping(loaded: object) -> dict[str, Any]:
+    if not isinstance(loaded, dict):
+        raise TypeError(f"must hold names and their values, holds {type(loaded).__name__}")
+    return loaded

@@ -98,9 +98,10 @@ def test_a_run_holds_its_records(digits_run: Path) -> None:
 def test_evaluate_margins_compare_and_report_follow_from_a_run(digits_run: Path, wideberth) -> None:
     code, out, _ = wideberth("evaluate", digits_run, "--eps", "8/255", "--rows", 60, "--progress=false")
     assert (code, "robust" in out) == (0, True)
-    verdict = json.loads((digits_run / "evaluation.json").read_text())
+    (folder,) = (digits_run / "evaluations").iterdir()
+    verdict = json.loads((folder / "evaluation.json").read_text())
     assert verdict["eps"] == 8 / 255
-    assert verdict["n"] == len(pd.read_parquet(digits_run / "evaluation.parquet")) == 60
+    assert verdict["n"] == len(pd.read_parquet(folder / "evaluation.parquet")) == 60
     code, out, _ = wideberth("margins", digits_run, "--norm", "linf", "--rows", 40, "--out", "m.csv")
     assert code == 0
     assert len(pd.read_csv("m.csv")) == 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,11 +59,12 @@ def test_there_is_a_point_for_every_adversarial_sample_and_each_holds(radii: boo
 def test_a_record_verifies_when_it_was_loaded(tmp_path: Path) -> None:
     model, x, y = problem()
     found = evaluated()
-    loaded = Evaluation.load(found.save(tmp_path))
+    folder = found.save(tmp_path)
+    loaded = Evaluation.load(folder)
     assert loaded.adversarial is not None
     assert found.adversarial is not None
     assert torch.equal(loaded.adversarial.x(), found.adversarial.x())
-    assert set(load_file(tmp_path / "adversarial.safetensors")) == {"position", "index", "clean_hash", "x"}
+    assert set(load_file(folder / "adversarial.safetensors")) == {"position", "index", "clean_hash", "x"}
     verification = loaded.verify(model, (x, y), batch_size=3)
     assert verification == Verification(len(found.adversarial), ())
     assert (
@@ -74,13 +76,13 @@ def test_a_record_verifies_when_it_was_loaded(tmp_path: Path) -> None:
 def test_exactly_the_two_altered_points_are_named(tmp_path: Path) -> None:
     model, x, y = problem()
     found = evaluated()
-    found.save(tmp_path)
+    folder = found.save(tmp_path)
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["x"][3] = x[tensors["position"][3]]  # the clean input: not misclassified
         tensors["x"][5, 0] += 2.5 * EPS * (1 if tensors["x"][5, 0] < 0.5 else -1)
 
-    verification = altered(tmp_path, change).verify(model, (x, y))
+    verification = altered(folder, change).verify(model, (x, y))
     assert found.adversarial is not None
     named = {each.position: each.reason for each in verification.disagreements}
     assert list(named) == found.adversarial.position[[3, 5]].tolist()
@@ -92,7 +94,7 @@ def test_exactly_the_two_altered_points_are_named(tmp_path: Path) -> None:
 def test_every_kind_of_disagreement_is_named(tmp_path: Path) -> None:
     model, x, y = problem()
     found = evaluated()
-    found.save(tmp_path)
+    folder = found.save(tmp_path)
     assert found.adversarial is not None
     robust = int(found.samples.index[found.samples["robust"]][0])
     position = found.adversarial.position.tolist()
@@ -107,7 +109,7 @@ def test_every_kind_of_disagreement_is_named(tmp_path: Path) -> None:
     labels = y.clone()
     labels[position[3]] = (y[position[3]] + 1) % 4
     named = {
-        each.position: each.reason for each in altered(tmp_path, change).verify(model, (other, labels)).disagreements
+        each.position: each.reason for each in altered(folder, change).verify(model, (other, labels)).disagreements
     }
     assert "outside the box" in named.pop(position[0])
     assert named.pop(position[1]) == "the point is missing"
@@ -136,8 +138,8 @@ def test_without_evidence_the_record_says_so_and_the_verdict_is_the_same(tmp_pat
     found, whole = evaluated(evidence=False), evaluated()
     assert_frame_equal(found.samples, whole.samples)
     assert (found.adversarial, found.protocol["evidence"], whole.protocol["evidence"]) == (None, False, True)
-    found.save(tmp_path)
-    assert not (tmp_path / "adversarial.safetensors").exists()
+    folder = found.save(tmp_path)
+    assert not (folder / "adversarial.safetensors").exists()
     with pytest.raises(InputError, match="the record holds no adversarial points"):
         Evaluation.load(tmp_path).verify(model, (x, y))
 
@@ -159,7 +161,9 @@ def test_the_data_come_from_the_record_where_they_are_ours() -> None:
 
 def test_a_table_of_version_0_1_reads_like_one_of_today(tmp_path: Path) -> None:
     found = evaluated()
-    found.save(tmp_path)
+    assert found.adversarial is not None
+    found.adversarial.save(tmp_path / "adversarial.safetensors")
+    (tmp_path / "evaluation.json").write_text(json.dumps(found.summary()))
     old = found.samples.rename(columns={"job": "run", "max_probability_margin": "closest"})
     old.drop(columns=["position", "eps"]).to_parquet(tmp_path / "evaluation.parquet")
     loaded = Evaluation.load(tmp_path)
@@ -203,7 +207,7 @@ def test_the_command_names_the_altered_points_and_fails(tmp_path: Path, capsys: 
     data = wb.data.Digits(train_rows=200, test_rows=20)
     run = wb.train(wb.models.MLP((1, 8, 8), 10, (16,)), data, epochs=3, out=tmp_path / "run")
     found = evaluate(wb.models.load_model(str(run.path)), data, eps=0.3, suite="pgd", margin=False, examined=False)
-    found.save(run.path)
+    folder = found.save(run.path)
     assert found.adversarial is not None
     assert main(["verify", str(run.path)]) == 0
     assert capsys.readouterr().out == f"{found.verify(wb.models.load_model(str(run.path)))}\n"
@@ -211,7 +215,7 @@ def test_the_command_names_the_altered_points_and_fails(tmp_path: Path, capsys: 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["x"][[0, 2]] = -1.0
 
-    altered(run.path, change)
+    altered(folder, change)
     assert main(["verify", str(run.path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     n = len(found.adversarial)

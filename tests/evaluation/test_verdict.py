@@ -145,12 +145,15 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_verdict(whole: pd.DataFra
     for batches in (1, 9, 17, 5, 40, 28, 10_000):
         fragile = Fragile(model, batches)
         try:
-            found = evaluate(fragile, (x, y), eps=EPS, suite=LINE_UP, margin=False, batch_size=8, state=state).samples
+            record = evaluate(fragile, (x, y), eps=EPS, suite=LINE_UP, margin=False, batch_size=8, state=state)
         except Stopped:
             stops += 1
             continue
         break
     assert stops == 6
+    found = record.samples
+    assert state.exists()  # until the record is safe
+    record.save(tmp_path)
     assert not state.exists()
     spent = whole["evaluations"]
     assert_frame_equal(found.drop(columns="evaluations"), whole.drop(columns="evaluations"), rtol=1e-9)

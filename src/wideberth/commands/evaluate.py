@@ -8,16 +8,22 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from wideberth.attacks import SUITES
 from wideberth.checks import InputError, Norm, choice
 from wideberth.commands.parsing import call, print_to_terminal
+from wideberth.commands.threat import threat
 from wideberth.configuration import construct as construct
 from wideberth.configuration import import_object
-from wideberth.data import Data
+from wideberth.data import Data, selected_rows
 from wideberth.evaluation import Evaluation, evaluate, shards
+from wideberth.evaluation.identity import describe_samples, describe_search, record_name
+from wideberth.evaluation.protocol import Protocol
+from wideberth.evaluation.record import check_free
 from wideberth.models import load_model
+from wideberth.reports import render_records
+from wideberth.reports.records import eps_text
 from wideberth.runs import Run
 
 
@@ -49,76 +55,95 @@ def build_data(recorded: dict[str, Any]) -> Data:
 def run(
     model: str,
     data: Data | None = None,
-    norm: Norm = "linf",
-    eps: float = 8 / 255,
+    norm: Norm | None = None,
+    eps: float | str | None = None,
     suite: str = "fast",
     rows: int | None = None,
     batch_size: int = 256,
     margin: bool = True,
     radii: bool = False,
+    evidence: bool = True,
     seed: int = 0,
     out: str | None = None,
     weights: str | None = None,
     architecture: dict[str, Any] | None = None,
     progress: bool = True,
-    evidence: bool = True,
+    overwrite: bool = False,
+    list: bool = False,
 ) -> None:
     """Measure the accuracy of a model on the test split of a data set, clean and under attack.
 
-    Interrupted, it leaves `evaluation.state` beside the record and goes on from there when called again. Under torchrun
-    the processes share the samples.
+    The record goes into a folder of its own, evaluations/NAME, where NAME stands for the protocol. Interrupted, the
+    command leaves NAME.state beside it and goes on from there when called again. Under torchrun the processes share the
+    samples.
 
     Args:
         model: a run directory, a .safetensors file, timm/NAME, torchvision/NAME, or an import path with arguments.
         data: the data set (default: what the run was trained on).
-        norm: linf, l2 or l1.
-        eps: the radius, e.g. 8/255.
+        norm: linf, l2 or l1 (default: that of the run's attack, else linf).
+        eps: the radius, e.g. 8/255, or FILE.parquet:COLUMN with one for each test sample (default: what the run was
+            trained for, else 8/255).
         suite: the line-up of attacks: fast, or the composition of AutoAttack: standard, plus, rand; pgd; radius.
-        rows: only the first so many test rows.
+        rows: only so many test rows, those that the data's test_rows takes.
         batch_size: samples at a time.
         margin: also measure effective margins.
         radii: also search the smallest radius at which each sample breaks: the curve of robust accuracy against eps.
+        evidence: keep the adversarial points, which `wideberth verify` checks.
         seed: of the attacks.
-        out: where evaluation.json and evaluation.parquet go (default: the run directory, if MODEL is one).
+        out: the directory that gets the folder evaluations (default: the run directory, if MODEL is one).
         weights: a file of weights for a model named by its architecture.
         architecture: class_path and init_args, for a .safetensors file on its own.
         progress: show a progress bar.
-        evidence: keep the adversarial points, which `wideberth verify` checks again.
+        overwrite: replace an evaluation by the same protocol.
+        list: print the evaluations that the run (or the directory OUT) holds, and evaluate nothing.
     """
     choice("suite", suite, tuple(SUITES))
+    if list:
+        print_to_terminal(render_records([Run(model if out is None else out)]))
+        return
     if weights is not None and out is None and Path(model).is_dir():
-        raise InputError(
-            "--out: needed with --weights, since the verdict in the run directory is about its own weights"
-        )
+        raise InputError("--out: needed with --weights, since the evaluations of a run are of its own weights")
     network, samples = subject(model, data, weights, architecture)
+    found = threat(model, norm, eps, samples, rows)
     target = out if out is not None else (model if Path(model).is_dir() else None)
-    found = evaluate(
-        network,
-        samples,
-        norm=norm,
-        eps=eps,
-        suite=suite,
-        rows=rows,
-        batch_size=batch_size,
-        margin=margin,
-        radii=radii,
-        seed=seed,
-        progress=progress,
-        evidence=evidence,
-        state=None if target is None else Path(target) / "evaluation.state",
-    )
-    if shards.mine()[0] > 0:
-        return  # under torchrun, the first process speaks for all
-    found.protocol.update(model=model, weights=weights)
-    print_to_terminal(table(found))
+    search: dict[str, Any] = {"norm": found.norm, "suite": suite, "seed": seed, "radii": radii, "evidence": evidence}
+    state = None
     if target is not None:
-        print(f"saved: {found.save(target)}/evaluation.json, evaluation.parquet")
+        protocol = Protocol(**search, box=samples.box, batch_size=batch_size, margin=margin)
+        name = planned_name(samples, rows, protocol, found.eps)
+        state = check_free(target, name, overwrite).with_name(f"{name}.state")
+    first = shards.mine()[0] == 0  # under torchrun, the first process speaks for all
+    if first:
+        print(found.reason)
+    options: dict[str, Any] = {
+        "rows": rows,
+        "batch_size": batch_size,
+        "margin": margin,
+        "progress": progress,
+        "state": state,
+    }
+    result = evaluate(network, samples, eps=found.eps, **search, **options)
+    result.protocol.update(model=model, weights=weights)
+    if first:
+        print_to_terminal(table(result))
+        if target is not None:
+            print(f"saved: {result.save(target, overwrite=overwrite)}")
+    shards.gathered(None)  # what the other processes keep of their share goes when the record is saved
+    result.discard_state()
+
+
+def planned_name(samples: Data, rows: int | None, protocol: Protocol, eps: float | Tensor) -> str:
+    """The name that the record of an evaluation will have, before its search; `eps` is one radius or (N,)."""
+    positions, in_words = selected_rows(samples, rows)
+    radii = eps[positions] if isinstance(eps, Tensor) else None
+    about = describe_samples(samples, in_words) | describe_search(protocol, eps if radii is None else radii)
+    return record_name(about, len(positions), radii)
 
 
 def table(found: Evaluation) -> Table:
-    """The verdict, for a terminal."""
+    """The result, for a terminal."""
     told = found.summary()
-    view = Table("", "accuracy", "95 % interval", title=f"{told['norm']} eps {told['eps']:.4g}, n = {told['n']}")
+    view = Table("", "accuracy", "95 % interval", title=f"{told['norm']} {eps_text(told)}, n = {told['n']}")
     for name, shown in (("clean", "clean"), ("robust", "robust, at most")):
         low, high = told[f"{name}_interval"]
         view.add_row(shown, f"{told[f'{name}_accuracy']:.2%}", f"{low:.1%} to {high:.1%}")
@@ -130,7 +155,8 @@ def table(found: Evaluation) -> Table:
         view.caption = f"{told['grade']['verdict']}: {told['grade']['reason']}{advice}"
     elif told.get("zero_gradients"):
         view.caption = (
-            f"{told['zero_gradients']:.1%} of the inputs have a zero gradient, where attacks see nothing: distrust this"
+            f"{told['zero_gradients']:.1%} of the inputs have a zero gradient, which attacks by gradients cannot use: "
+            "do not rely on this robust accuracy"
         )
     return view
 

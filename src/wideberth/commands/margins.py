@@ -12,7 +12,7 @@ from wideberth import margins
 from wideberth.checks import InputError, Norm
 from wideberth.commands.evaluate import subject
 from wideberth.commands.parsing import call, print_to_terminal
-from wideberth.data import Data
+from wideberth.data import Data, selected_rows
 from wideberth.runs import write_atomically
 
 
@@ -32,7 +32,7 @@ def run(
         model: a run directory, a .safetensors file, timm/NAME, torchvision/NAME, or an import path with arguments.
         data: the data set (default: what the run was trained on).
         norm: the norm that distances are meant in: linf, l2 or l1.
-        rows: only the first so many test rows.
+        rows: only so many test rows, those that the data's test_rows takes.
         batch_size: samples at a time.
         out: a .parquet or .csv file for the table, one row per sample (default: margins.parquet in the run).
         weights: a file of weights for a model named by its architecture.
@@ -43,10 +43,11 @@ def run(
     if weights is not None and out is None and Path(model).is_dir():
         raise InputError("--out: needed with --weights, since the table in the run directory is about its own weights")
     network, source = subject(model, data, weights, architecture)
-    split = source.test()
-    total = min(len(split), rows or len(split))
-    table = margins.table(network, split, norm, range(total), batch_size)
-    view = Table("quantile", "logit margin", "effective margin", "effective weight norm", title=f"{norm}, n = {total}")
+    chosen, _ = selected_rows(source, rows)
+    table = margins.table(network, source.test(), norm, chosen, batch_size)
+    view = Table(
+        "quantile", "logit margin", "effective margin", "effective weight norm", title=f"{norm}, n = {len(chosen)}"
+    )
     for q in (0.05, 0.25, 0.5, 0.75, 0.95):
         values = [table[name].quantile(q) for name in ("logit_margin", "effective_margin", "effective_weight_norm")]
         view.add_row(f"{q:.0%}", *(f"{value:.4g}" for value in values))

@@ -6,6 +6,7 @@ from wideberth.data.hub import HuggingFace
 from wideberth.data.images import ImageFolders, ImageNet, ParquetImages
 from wideberth.data.loading import KeyedSampler, loader
 from wideberth.data.reading import Readable, batches, collect, count, read
+from wideberth.data.selection import DataSet, selected_rows
 from wideberth.data.sources import Data, Digits, FromDatasets, Tensors
 from wideberth.data.splits import Batch, InMemory, Lazy, Source, Split
 
@@ -18,6 +19,7 @@ __all__ = [
     "Batch",
     "CropFlip",
     "Data",
+    "DataSet",
     "Digits",
     "FashionMNIST",
     "FromDatasets",
@@ -38,4 +40,5 @@ __all__ = [
     "count",
     "loader",
     "read",
+    "selected_rows",
 ]

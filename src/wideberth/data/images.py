@@ -217,9 +217,9 @@ class ImageNet(ImageFolders):
     def _test_folder(self, base: Path) -> Path:
         return base / "val"
 
-    def _first_rows(self, train: bool) -> Tensor:
+    def _first_rows(self, train: bool, most: int | None = None) -> Tensor:
         if train or self._test_files is None:
-            return super()._first_rows(train)
+            return super()._first_rows(train, most)
         names = [line.strip() for line in Path(self._test_files).read_text().splitlines() if line.strip()]
         source, limit = self._source(train), self._limits[train]
         assert isinstance(source, Lazy)
@@ -230,7 +230,7 @@ class ImageNet(ImageFolders):
         for name in names:
             if name not in rows:
                 raise InputError(f"test_files={self._test_files!r}: there is no {name} in {folder.root}")
-        return torch.tensor([rows[name] for name in names[:limit]])
+        return torch.tensor([rows[name] for name in names[:limit][:most]])
 
 
 def square(size: int, shorter: int) -> Any:

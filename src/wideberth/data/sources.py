@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from wideberth.checks import Box, InputError, at_least
 from wideberth.configuration import Described
-from wideberth.data.splits import InMemory, Lazy, Source, Split
+from wideberth.data.splits import InMemory, Lazy, Source, Split, sample_rows
 from wideberth.randomness import fold, permutation
 
 
@@ -74,24 +74,24 @@ class Data(Described, ABC):
         """The held-out training rows (their index is that of the training source); None without `validation`."""
         return Split(self._source(True), self._train_and_held_out()[1]) if self._held_out else None
 
-    def test(self) -> Split:
-        """The test rows."""
-        return Split(self._source(False), self._first_rows(False))
+    def test(self, rows: int | None = None) -> Split:
+        """The test rows; with `rows`, only those that `test_rows=rows` takes (all where there are fewer)."""
+        return Split(self._source(False), self._first_rows(False, rows))
 
     def _source(self, train: bool) -> Source:
         if train not in self._loaded:
             self._loaded[train] = self._load(train)
         return self._loaded[train]
 
-    def _first_rows(self, train: bool) -> Tensor:
+    def _first_rows(self, train: bool, most: int | None = None) -> Tensor:
+        """The rows of the source within the limit, and within `most` where that is smaller, (n,) int64."""
         size = len(self._source(train))
         limit = self._limits[train]
         if limit is not None and limit > size:
             kind = "train" if train else "test"
             raise InputError(f"{kind}_rows={limit}: {type(self).__name__} has {size} {kind} rows")
-        if limit is not None and self._by_class:
-            return permutation(fold(0, "rows"), 0, size)[:limit].sort().values
-        return torch.arange(size if limit is None else limit)
+        count = min(number for number in (size, limit, most) if number is not None)
+        return sample_rows(size, count) if self._by_class else torch.arange(count)
 
     def _train_and_held_out(self) -> tuple[Tensor, Tensor]:
         rows = self._first_rows(True)

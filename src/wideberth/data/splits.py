@@ -11,8 +11,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wideberth.checks import Box, InputError, at_least, valid_box
+from wideberth.randomness import fold, permutation
 
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+def sample_rows(size: int, count: int) -> Tensor:
+    """A fixed random sample of `count` of `size` rows, ascending, (count,) int64; a smaller one is a part of it."""
+    return permutation(fold(0, "rows"), 0, size)[:count].sort().values
 
 
 class Source(Protocol):

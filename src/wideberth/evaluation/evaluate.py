@@ -5,28 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pandas as pd
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from wideberth import checks
 from wideberth.attacks import Attack, Stage
 from wideberth.checks import Box, InputError, Norm
-from wideberth.configuration import describe
-from wideberth.data import Data, Readable, Split, count
+from wideberth.data import Data, DataSet, Readable, count, selected_rows
 from wideberth.evaluation import shards
 from wideberth.evaluation.console import Watch, progress_bar
 from wideberth.evaluation.evidence import AdversarialPoints, RowFile, gather_points
 from wideberth.evaluation.grading import grade_record
+from wideberth.evaluation.identity import describe_samples, describe_search
 from wideberth.evaluation.protocol import (
     Protocol,
     Radii,
-    eps_record,
     fingerprint,
     radius_of_each,
     stage_records,
@@ -36,8 +34,6 @@ from wideberth.evaluation.record import Evaluation
 from wideberth.evaluation.samples import Samples, read_samples, sample_table
 from wideberth.evaluation.search import Search, SearchState
 from wideberth.evaluation.state_file import StateFile, beyond
-
-DataSet: TypeAlias = Data | Split | Dataset[Any] | tuple[Tensor, Tensor]
 
 
 def evaluate(
@@ -76,7 +72,7 @@ def evaluate(
         suite: name of a line-up, or attacks (or `Stage`s) by name. "fast" comes to about the verdict of "standard", the
             composition of AutoAttack, in a small part of its time.
         box: what inputs lie in (default: the data's own, else (0, 1)).
-        rows: only the first so many samples.
+        rows: only so many samples, a fixed random sample; of a `Data`, those that `test_rows=rows` takes.
         batch_size: samples at a time; attacks without gradients may ask about twice as many points.
         margin: also measure effective margins (one backward per class).
         seed: of the attacks' randomness.
@@ -88,7 +84,8 @@ def evaluate(
         evidence: keep the adversarial points, by which `Evaluation.verify` checks the verdict without a search. They
             take as much disk space as the inputs of the samples that are found adversarial.
         state: a file in which to keep what is known, every two minutes and when interrupted; an evaluation that finds
-            it there goes on from it, in the same process or in another. Removed at the end.
+            it there goes on from it, in the same process or in another. Removed when the record is
+            saved, or by `Evaluation.discard_state`.
 
     Returns:
         The record; `robust_accuracy` is an upper bound on the true one, as for every attack.
@@ -97,13 +94,11 @@ def evaluate(
         InputError: for arguments, data or a model that cannot be used.
     """
     began = time.monotonic()
-    if rows is not None:
-        checks.at_least("rows", rows, 1)
     box = (data.box if isinstance(data, Data) else (0.0, 1.0)) if box is None else box
     protocol = Protocol(norm, box, suite, seed, batch_size, margin, radii, evidence)
     source: Readable = data.test() if isinstance(data, Data) else data
     total = count(source)
-    positions = torch.arange(min(total, rows or total))
+    positions, in_words = selected_rows(data, rows)
     radius = radius_of_each(eps, total, positions)
     rank, world = shards.mine()
     mine = positions[rank::world]
@@ -116,13 +111,8 @@ def evaluate(
     table, seconds = _gathered(found)
     stages = stage_records(table, found.line_up, seconds)
     record: dict[str, Any] = {
-        "data": describe(data) if isinstance(data, Data) else type(data).__name__,
-        "split": "test" if isinstance(data, Data) else "given",
-        "norm": norm,
-        "eps": eps_record(eps, radius),
-        "box": list(box),
-        "suite": suite if isinstance(suite, str) else "custom",
-        "seed": seed,
+        **describe_samples(data, in_words),
+        **describe_search(protocol, float(eps) if isinstance(eps, Real) else radius),
         "evidence": evidence,
         "attacks": stages,
         "seconds": time.monotonic() - began,
@@ -134,10 +124,8 @@ def evaluate(
     if examined:
         record |= grade_record(model, source, protocol, table, stages)
     points = None if found.points is None else gather_points(found.points)
-    if state is not None:
-        for path in (Path(state), beyond(Path(state))):
-            StateFile(path).remove()
-    return Evaluation(table, record, points)
+    kept = () if state is None else tuple(StateFile(path) for path in (Path(state), beyond(Path(state))))
+    return Evaluation(table, record, points, kept)
 
 
 @dataclass(frozen=True)

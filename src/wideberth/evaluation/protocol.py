@@ -120,14 +120,6 @@ def radius_of_each(eps: Radii, size: int, positions: Tensor) -> Tensor:
     return chosen
 
 
-def eps_record(eps: Radii, radii: Tensor) -> float | dict[str, Any]:
-    """The radius as the protocol says it: a number, or what range the radii (n,) of the samples span."""
-    if not isinstance(eps, Tensor | np.ndarray | pd.Series | Sequence):
-        return float(eps)
-    low, mean, high = float(radii.min()), float(radii.mean()), float(radii.max())
-    return {"per_sample": True, "min": low, "mean": mean, "max": high}
-
-
 def fingerprint(model: nn.Module, line_up: Mapping[str, Stage], protocol: Protocol, rows: Sequence[Tensor]) -> str:
     """A hash that two evaluations share exactly if they reach the same verdict: in this process or in another.
 

@@ -1,23 +1,32 @@
-"""The record of an evaluation: one row per sample, and what can be said of them all."""
+"""The record of an evaluation: one row per sample, what can be said of them all, and its files."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import shutil
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from scipy.stats import binomtest
 from torch import nn
 
 from wideberth.checks import InputError, choice
 from wideberth.data import Data, Readable
 from wideberth.evaluation.evidence import AdversarialPoints
+from wideberth.evaluation.identity import record_name
 from wideberth.evaluation.recheck import Verification, recheck
-from wideberth.evaluation.samples import upgraded_table
-from wideberth.runs import write_atomically
+from wideberth.evaluation.state_file import StateFile
+from wideberth.runs import EVALUATIONS, SCHEMA_VERSION, Run, write_atomically
+
+STORAGE = ("schema_version", "id", "saved")
+"""Entries of evaluation.json that are about the file, not about the evaluation."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +40,13 @@ class Evaluation:
             (in the data), evaluations (forwards and backwards spent).
         protocol: how it was found: norm, eps, suite, seed, the attacks in order, versions.
         adversarial: the adversarial point of every sample that has one; None where they were not kept.
+        state_files: what an evaluation with `state` keeps on disk until its record is saved.
     """
 
     samples: pd.DataFrame
     protocol: dict[str, Any]
     adversarial: AdversarialPoints | None = None
+    state_files: tuple[StateFile, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def clean_accuracy(self) -> float:
@@ -93,29 +104,102 @@ class Evaluation:
                 told[name] = {key: value if math.isfinite(value) else None for key, value in values.items()}
         return told
 
-    def save(self, out: str | Path) -> Path:
-        """Write evaluation.json, evaluation.parquet and adversarial.safetensors (the points), atomically."""
-        out = Path(out)
-        if self.adversarial is not None:
-            self.adversarial.save(out / "adversarial.safetensors")
-        write_atomically(out / "evaluation.parquet", lambda file: self.samples.to_parquet(file))
-        text = json.dumps(self.summary(), indent=2)
-        write_atomically(out / "evaluation.json", lambda file: file.write_text(text))
-        return out
+    @property
+    def name(self) -> str:
+        """The name of the record's folder, made from the protocol."""
+        eps = self.samples["eps"].to_numpy() if isinstance(self.protocol.get("eps"), dict) else None
+        protocol = {"radii": "radius" in self.samples, **self.protocol}
+        return record_name(protocol, len(self.samples), eps)
+
+    def save(self, out: str | Path, overwrite: bool = False) -> Path:
+        """Write evaluation.json, evaluation.parquet and adversarial.safetensors into a folder, OUT/evaluations/NAME.
+
+        NAME stands for the protocol, so evaluations by different protocols stand beside each other. The folder appears
+        when its files are complete. What `state` kept of the search is removed then.
+
+        Args:
+            out: a run directory, or any other (made if need be).
+            overwrite: replace an evaluation by the same protocol.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: where there is an evaluation by the same protocol already, and `overwrite` is false.
+        """
+        folder = check_free(out, self.name, overwrite)
+        identifier = uuid.uuid4().hex
+        table = pa.Table.from_pandas(self.samples)
+        # In both files, so that files of two evaluations are never taken for one.
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"wideberth_id": identifier.encode()})
+        about = {"schema_version": SCHEMA_VERSION, "id": identifier, "saved": datetime.now(UTC).isoformat()}
+        text = json.dumps(self.summary() | about, indent=2)
+        fresh = folder.with_name(f".{folder.name}.{identifier}")
+        try:
+            if self.adversarial is not None:
+                self.adversarial.save(fresh / "adversarial.safetensors")
+            write_atomically(fresh / "evaluation.parquet", lambda file: pq.write_table(table, file))
+            write_atomically(fresh / "evaluation.json", lambda file: file.write_text(text, encoding="utf-8"))
+            _replace(folder, fresh)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        self.discard_state()
+        return folder
+
+    def discard_state(self) -> None:
+        """Remove what `evaluate(state=...)` kept on disk to go on from; `save` does it as well."""
+        for file in self.state_files:
+            file.remove()
 
     @classmethod
     def load(cls, out: str | Path) -> Evaluation:
         """Read what `save` wrote.
 
+        Args:
+            out: the folder of one evaluation, or a directory that holds some, of which the newest is read.
+
         Raises:
-            InputError: where there is no evaluation.
+            InputError: where there is no evaluation, or it cannot be read.
         """
-        out = Path(out)
-        if not (out / "evaluation.json").is_file() or not (out / "evaluation.parquet").is_file():
+        records = Run(out).evaluations if Path(out).is_dir() else []
+        samples = records[-1].samples if records else None
+        if samples is None:
             raise InputError(f"{str(out)!r}: holds no evaluation; run `wideberth evaluate` on it first")
-        told = json.loads((out / "evaluation.json").read_text())
-        samples = upgraded_table(pd.read_parquet(out / "evaluation.parquet"))
-        points = out / "adversarial.safetensors"
-        adversarial = AdversarialPoints.load(points) if points.is_file() else None
-        derived = cls(samples, {}).summary().keys()
-        return cls(samples, {name: value for name, value in told.items() if name not in derived}, adversarial)
+        derived = {*cls(samples, {}).summary(), *STORAGE}
+        protocol = {name: value for name, value in records[-1].summary.items() if name not in derived}
+        points = records[-1].path / "adversarial.safetensors"
+        return cls(samples, protocol, AdversarialPoints.load(points) if points.is_file() else None)
+
+
+def check_free(out: str | Path, name: str, overwrite: bool = False) -> Path:
+    """The folder of the record `name` in a directory, after trying that it can be written.
+
+    Raises:
+        InputError: where there is such a record already, and `overwrite` is false.
+        OSError: where nothing can be written.
+    """
+    folder = Path(out) / EVALUATIONS / name
+    if folder.exists() and not overwrite:
+        raise InputError(
+            f"{str(folder)!r}: holds an evaluation by the same protocol; use it, or replace it with --overwrite "
+            "(overwrite=True)"
+        )
+    trial = folder.parent / f".{name}.{uuid.uuid4().hex}"
+    write_atomically(trial, lambda file: file.touch())
+    trial.unlink()
+    return folder
+
+
+def _replace(folder: Path, fresh: Path) -> None:
+    """Move a folder into the place of another, which is removed; where that fails, it stays as it was."""
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    before = fresh.with_name(f"{fresh.name}.replaced")
+    folder.rename(before)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        before.rename(folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)

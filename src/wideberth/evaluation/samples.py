@@ -197,13 +197,3 @@ def sample_table(samples: Samples, columns: Mapping[str, Tensor], attacks: Seque
         frame[name] = pd.array(columns[name].tolist(), dtype="Int64")
         frame.loc[~adversarial.numpy(), name] = pd.NA
     return frame
-
-
-RENAMED = {"run": "job", "closest": "max_probability_margin"}
-"""Columns of version 0.1 and what they are called now."""
-
-
-def upgraded_table(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of an evaluation with the columns' names of today, whichever version wrote it."""
-    old = {name: new for name, new in RENAMED.items() if name in table and new not in table}
-    return table.rename(columns=old)

@@ -16,11 +16,14 @@ from matplotlib.figure import Figure
 
 from wideberth.checks import InputError
 from wideberth.reports import figures, verdicts
+from wideberth.reports.evaluations import listing
 from wideberth.reports.records import (
     NORMS,
     NOTHING,
     NoRecords,
     config_of,
+    eps_of,
+    eps_text,
     evaluation_of,
     figures_text,
     grade_of,
@@ -109,6 +112,7 @@ def write_report(runs: Sequence[Run], out: Path, title: str | None = None) -> Pa
         columns=columns,
         rows=list(zip([look(position).colour for position in range(len(runs))], rows, strict=True)),
         comparable=len(_protocols(table)) < 2,
+        evaluations=listing(runs),
         grades=[(name, found) for name, run in zip(names, runs, strict=True) if (found := grade_of(run))],
         sections=[section for section in _sections(runs, names, table) if section.pictures or section.notes],
         names=names,
@@ -165,8 +169,14 @@ def _samples(verdict: dict[str, Any]) -> str:
 
 
 def _threat(verdict: dict[str, Any]) -> str:
-    norm, eps = NORMS.get(str(verdict.get("norm")), ""), number(verdict.get("eps"))
-    size = f" of size up to {size_text(eps)}" if math.isfinite(eps) else ""
+    norm, eps = NORMS.get(str(verdict.get("norm")), ""), eps_of(verdict)
+    size = (
+        f" of size up to {size_text(eps)}"
+        if math.isfinite(eps)
+        else f" ({text})"
+        if (text := eps_text(verdict))
+        else ""
+    )
     attacks = [str(attack.get("name")) for attack in verdict.get("attacks") or ()]
     suite = f"the {verdict['suite']} suite" if verdict.get("suite") else ""
     listed = ("; " if any("," in attack for attack in attacks) else ", ").join(attacks)
@@ -358,8 +368,10 @@ def _protocol_facts(run: Run) -> dict[str, str]:
     verdict = run.evaluation
     if verdict is None:
         return {}
-    known = (*PROTOCOL, "box", "confidence", "seed", "device")
+    known = (*PROTOCOL, "rows", "box", "confidence", "seed", "device")
     facts = {key.replace("_", " "): value_text(verdict[key]) for key in known if verdict.get(key) is not None}
+    if isinstance(verdict.get("eps"), dict):
+        facts["eps"] = eps_text(verdict)
     if "norm" in facts:
         facts["norm"] = NORMS.get(facts["norm"], facts["norm"])
     for attack in verdict.get("attacks") or ():

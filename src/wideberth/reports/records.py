@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,18 @@ def unit_of(runs: Sequence[Run]) -> Unit:
     """The one unit that suits the evaluations of all runs."""
     judged = [evaluation for run in runs if (evaluation := run.evaluation) is not None]
     norms = {evaluation.get("norm") for evaluation in judged}
-    return unit(norms.pop() if len(norms) == 1 else None, (number(e.get("eps")) for e in judged))
+    return unit(norms.pop() if len(norms) == 1 else None, (largest_eps(e) for e in judged))
 
 
 def number(value: object) -> float:
     """The value as a float; NaN where it is absent or no number."""
     return float(value) if isinstance(value, int | float) else math.nan
+
+
+def largest_eps(verdict: Mapping[str, Any]) -> float:
+    """The radius of an evaluation, the largest where it had one per sample; NaN where none is recorded."""
+    eps = verdict.get("eps")
+    return number(eps.get("max")) if isinstance(eps, dict) else number(eps)
 
 
 def config_of(run: Run) -> dict[str, Any]:
@@ -92,8 +98,12 @@ class Grade:
 
 
 def grade_of(run: Run) -> Grade | None:
-    """The grade of the run's verdict; None where it was neither graded nor did a check object."""
-    verdict = run.evaluation or {}
+    """The grade of the run's evaluation; None where it was not graded and no check was raised."""
+    return grade_in(run.evaluation or {})
+
+
+def grade_in(verdict: Mapping[str, Any]) -> Grade | None:
+    """The grade in the summary of an evaluation; None where it was not graded and no check was raised."""
     grade = verdict.get("grade") or {}
     raised = tuple(
         {key: printable(str(finding.get(key) or "")) for key in ("name", "severity", "why", "advice")}
@@ -141,6 +151,24 @@ def size_text(value: float) -> str:
     if 1 <= whole <= 32 and math.isclose(steps, whole, rel_tol=1e-5):
         return f"{whole}/255"
     return f"{value:.4g}"
+
+
+def eps_of(verdict: Mapping[str, Any]) -> float:
+    """The radius of an evaluation; NaN where it had one per sample, or none is recorded."""
+    return number(verdict.get("eps"))
+
+
+def eps_text(verdict: Mapping[str, Any]) -> str:
+    """The radius of an evaluation in words: "eps 8/255", or that there is one per sample; "" where none is recorded."""
+    eps = verdict.get("eps")
+    if isinstance(eps, dict):
+        return radii_text(number(eps.get("mean")), number(eps.get("min")), number(eps.get("max")))
+    return f"eps {size_text(eps_of(verdict))}" if math.isfinite(eps_of(verdict)) else ""
+
+
+def radii_text(mean: float, low: float, high: float) -> str:
+    """One radius per sample, in words."""
+    return f"one radius per sample, mean {size_text(mean)} ({size_text(low)} to {size_text(high)})"
 
 
 def figures_text(value: float) -> str:

@@ -16,6 +16,7 @@ from wideberth.reports.records import (
     Unit,
     config_of,
     duration_text,
+    eps_text,
     figures_text,
     labels,
     last,
@@ -35,8 +36,8 @@ def comparison(runs: Sequence[Run]) -> pd.DataFrame:
 
     Columns: name; clean_accuracy, clean_low, clean_high; robust_accuracy, robust_low, robust_high; effective_margin
     and effective_weight_norm (medians over the evaluated samples); epochs; kept_epoch (whose weights the run exported,
-    counted from 1); seconds (of training); data, split, norm, eps, suite, n. NaN or None where a run does not hold the
-    record.
+    counted from 1); seconds (of training); data, split, norm, eps (in words where there is one per sample), suite, n.
+    NaN or None where a run does not hold the record.
     """
     return pd.DataFrame([_row(run, name) for run, name in zip(runs, labels(runs), strict=True)])
 
@@ -62,6 +63,8 @@ def _row(run: Run, name: str) -> dict[str, object]:
     )
     for key in PROTOCOL:
         row[key] = number(verdict.get(key)) if key in ("eps", "n") else verdict.get(key)
+    if isinstance(verdict.get("eps"), dict):
+        row["eps"] = eps_text(verdict)
     return row
 
 
@@ -82,7 +85,7 @@ def printed(comparison: pd.DataFrame) -> tuple[list[str], list[list[Cell]]]:
     judged = comparison[comparison["robust_accuracy"].notna()]
     differing = [key for key in PROTOCOL if judged[key].astype(str).nunique() > 1]
     norms = set(judged["norm"])
-    distance = unit(norms.pop() if len(norms) == 1 else None, judged["eps"])
+    distance = unit(norms.pop() if len(norms) == 1 else None, map(number, judged["eps"]))
     columns: dict[str, list[Cell]] = {"run": [Cell(str(name)) for name in comparison["name"]]}
     for kind in ("clean", "robust"):
         values = comparison[f"{kind}_accuracy"]
@@ -132,4 +135,6 @@ def _protocol(key: str, value: object) -> str:
         return NOTHING
     if key == "norm":
         return NORMS.get(str(value), str(value))
-    return size_text(number(value)) if key == "eps" else f"{value:,.0f}" if key == "n" else value_text(value)
+    if key == "eps":
+        return value if isinstance(value, str) else size_text(number(value))
+    return f"{value:,.0f}" if key == "n" else value_text(value)

@@ -19,7 +19,18 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 from wideberth.evaluation.curve import accuracy_curve
 from wideberth.evaluation.record import Evaluation
 from wideberth.reports.figures import mark_radius
-from wideberth.reports.records import NoRecords, figures_text, number, percent_text, printable, shortened, unit
+from wideberth.reports.records import (
+    NoRecords,
+    eps_of,
+    eps_text,
+    figures_text,
+    largest_eps,
+    number,
+    percent_text,
+    printable,
+    shortened,
+    unit,
+)
 from wideberth.reports.style import INK, MUTED, Label, canvas, label_ends, look, styled
 
 MISCLASSIFIED, BROKEN, ROBUST = "misclassified from the start", "broken by ", "robust"
@@ -71,7 +82,9 @@ def survival(evaluation: Evaluation, position: int = 0) -> Figure:
 
 @styled
 def robustness_curve(evaluation: Evaluation, position: int = 0) -> Figure:
-    """Robust accuracy in percent against the radius, with its exact 95 % band; the verdict's own radius is marked.
+    """Robust accuracy in percent against the radius, with its exact 95 % band; the evaluation's own radius is marked.
+
+    Where each sample had a radius of its own, a line shows the robust accuracy at these instead.
 
     Args:
         evaluation: whose samples hold a `radius`.
@@ -83,8 +96,8 @@ def robustness_curve(evaluation: Evaluation, position: int = 0) -> Figure:
     samples, protocol = evaluation.samples, evaluation.protocol
     if "radius" not in samples or not len(samples):
         raise NoRecords("the evaluation holds no radius per sample: evaluate with radii=True")
-    eps, radii = number(protocol.get("eps")), samples["radius"].to_numpy(float)
-    shown = unit(protocol.get("norm"), [eps])
+    eps, radii = eps_of(protocol), samples["radius"].to_numpy(float)
+    shown = unit(protocol.get("norm"), [largest_eps(protocol)])
     some = radii[np.isfinite(radii) & (radii > 0)]
     # The farthest hundredth of samples must not squeeze the part that is read.
     high = max(1.5 * eps if eps > 0 else 0.0, float(np.quantile(some, 0.99)) if len(some) else 0.0) or 1.0
@@ -109,6 +122,14 @@ def robustness_curve(evaluation: Evaluation, position: int = 0) -> Figure:
         axes.annotate(
             percent_text(left / 100), (eps * shown.scale, left), place, textcoords="offset points",
             color=style.ink, fontsize=8, weight="bold", ha=align,
+        )  # fmt: skip
+    elif "robust" in samples and isinstance(protocol.get("eps"), dict):
+        left = 100 * evaluation.robust_accuracy
+        axes.set_title(eps_text(protocol), fontsize=8, color=MUTED, loc="right")
+        axes.axhline(left, color=style.ink, linewidth=0.9, linestyle=(0, (4, 3)), gid="own-radii")
+        axes.annotate(
+            f"within each sample's own radius: {percent_text(left / 100)}", (1, left), (-4, 4),
+            xycoords=axes.get_yaxis_transform(), textcoords="offset points", color=style.ink, fontsize=8, ha="right",
         )  # fmt: skip
     return figure
 
@@ -219,9 +240,11 @@ def _curve_in_words(evaluation: Evaluation) -> str:
 
 
 def _how_to_read_the_curve(evaluation: Evaluation) -> str:
+    own = isinstance(evaluation.protocol.get("eps"), dict)
+    mark = "the dashed line is the robust accuracy at one radius per sample" if own else "the dot is the verdict"
     caption = (
-        "The height above a radius is the share of samples that no attack broke within it, give or take the shaded "
-        "95% interval; the dot is the verdict."
+        "The height above a radius is the share of samples that no attack broke within it, with its 95% interval "
+        f"shaded; {mark}."
     )
     never = float((evaluation.samples["radius"] == np.inf).mean()) if "radius" in evaluation.samples else 0.0
     return caption + (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, TypeAlias
@@ -27,7 +28,8 @@ ABOUT_THE_WEIGHTS = (
     "export.json",
     "samples.parquet",
     "extremes.npz",
-    "evaluation.json",
+    "evaluations",
+    "evaluation.json",  # this and the next: of version 0.1
     "evaluation.parquet",
     "margins.parquet",
     "report.html",
@@ -99,7 +101,10 @@ def last_checkpoint(out: Path, module: RobustTraining, epochs: int) -> tuple[str
 def discard(out: Path, files: tuple[str, ...]) -> None:
     """Remove records that no longer hold."""
     for file in files:
-        (out / file).unlink(missing_ok=True)
+        if (out / file).is_dir():
+            shutil.rmtree(out / file)
+        else:
+            (out / file).unlink(missing_ok=True)
 
 
 def kept_epoch(out: Path, module: RobustTraining, keep: Keep) -> int:
