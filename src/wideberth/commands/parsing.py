@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -136,8 +137,20 @@ def parse(command: str, function: Callable[..., Any], words: Sequence[str], many
     if many:
         parser.add_argument(many, nargs="+")
     parser.add_function_arguments(function, skip={many} if many else set(), as_positional=True)
-    ready: Namespace = parser.instantiate(parser.parse_args(prepared(words)))
+    ready: Namespace = parser.instantiate(parser.parse_args(prepared(with_flags(words, function))))
     return ready
+
+
+def with_flags(words: Sequence[str], function: Callable[..., Any]) -> list[str]:
+    """The words, where a yes-or-no option of the function that has no value becomes one: `--radii`, `--radii=true`."""
+    annotated = inspect.signature(function).parameters.items()
+    flags = {f"--{name}" for name, parameter in annotated if parameter.annotation in (bool, "bool")}
+    after = [*words[1:], "--"]
+    bare = [
+        word in flags and following.lower() not in ("true", "false")
+        for word, following in zip(words, after, strict=False)
+    ]
+    return [f"{word}=true" if flag else word for word, flag in zip(words, bare, strict=True)]
 
 
 def call(command: str, function: Callable[..., Any], words: Sequence[str], many: str | None = None) -> None:
