@@ -186,7 +186,7 @@ def test_sparse_evaluation(altered: Callable[..., Run], tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unsaved")
 def test_different_protocols_are_not_ranked(six: list[Run], altered: Callable[..., Run], tmp_path: Path) -> None:
     _, page = _page([six[0], altered(2, evaluation={"eps": 0.2})], tmp_path)
-    assert "judged by 2 different protocols" in page.text
+    assert "evaluated by 2 different protocols" in page.text
     assert "highest robust accuracy" not in page.text
     assert "Where the runs were measured differently" in page.text
 

@@ -257,9 +257,9 @@ def test_costs_tell_an_attack_called_robust_from_robust_samples() -> None:
 @pytest.mark.parametrize(
     ("draw", "protocol", "dropped", "message"),
     [
-        (survival, {"attacks": []}, [], "what each attack left"),
-        (survival, {"attacks": [{"name": "PGD", "robust_accuracy": 0.5}]}, [], "what each attack left"),
-        (survival, {}, ["clean_correct"], "what each attack left"),
+        (survival, {"attacks": []}, [], "seconds of each attack"),
+        (survival, {"attacks": [{"name": "PGD", "robust_accuracy": 0.5}]}, [], "seconds of each attack"),
+        (survival, {}, ["clean_correct"], "seconds of each attack"),
         (robustness_curve, {}, ["radius"], "no radius"),
         (costs, {}, ["evaluations"], "no evaluations"),
         (costs, {}, ["attack", "robust"], "no robust and no attack"),
@@ -304,21 +304,21 @@ def _report(runs: list[Run], tmp_path: Path) -> str:
 
 def test_report_shows_the_verdict_with_words(judged: Callable[..., Run], tmp_path: Path) -> None:
     html = _report([judged(2)], tmp_path)
-    for title in ("Robust accuracy by radius", "Accuracy left after each attack", "What the samples cost"):
+    for title in ("Robust accuracy by radius", "Robust accuracy after each attack", "Evaluations per sample"):
         assert html.count(f"<h3>{title}</h3>") == 1
-    assert '<a href="#verdict">Behind the verdict</a>' in html
+    assert '<a href="#verdict">The evaluation in detail</a>' in html
     assert "The height above a radius is the share of samples" in html
     never = np.isinf(_evaluation().samples["radius"]).mean()
     assert f"{100 * never:.1f}% of the samples broke at no distance at all" in html
-    assert "the search for the smallest radius included" in html
+    assert "including the search for the smallest radius" in html
     assert "Histograms of the evaluations per sample, by how the sample ended. Medians: misclassified" in html
 
 
 @pytest.mark.parametrize(
     ("drop", "left"),
     [
-        (("radius",), {"Accuracy left after each attack", "What the samples cost"}),
-        (("radius", "evaluations"), {"Accuracy left after each attack"}),
+        (("radius",), {"Robust accuracy after each attack", "Evaluations per sample"}),
+        (("radius", "evaluations"), {"Robust accuracy after each attack"}),
         (("attack",), set()),
     ],
 )
@@ -326,18 +326,18 @@ def test_report_of_an_older_evaluation(
     judged: Callable[..., Run], tmp_path: Path, drop: tuple[str, ...], left: set[str]
 ) -> None:
     html = _report([judged(2, drop)], tmp_path)
-    titles = {"Robust accuracy by radius", "Accuracy left after each attack", "What the samples cost"}
+    titles = {"Robust accuracy by radius", "Robust accuracy after each attack", "Evaluations per sample"}
     assert {title for title in titles if f"<h3>{title}</h3>" in html} == left
     assert ('id="verdict"' in html) == bool(left)
-    assert "the search for the smallest radius included" not in html
+    assert "including the search for the smallest radius" not in html
     assert "stay correctly classified" in html
 
 
 def test_report_of_several_runs_names_each(judged: Callable[..., Run], six: list[Run], tmp_path: Path) -> None:
     html = _report([judged(2), six[0], judged(3)], tmp_path)
-    titles = [f"<h3>What the samples cost: {name}</h3>" for name in ("PGD-AT", "standard", "IAAT")]
+    titles = [f"<h3>Evaluations per sample: {name}</h3>" for name in ("PGD-AT", "standard", "IAAT")]
     assert [html.count(title) for title in titles] == [1, 0, 1]
-    assert "Behind the verdicts" in html
+    assert "The evaluations in detail" in html
 
 
 def test_report_shows_grade_and_raised_findings(judged: Callable[..., Run], tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_grade_of_the_leading_run_stands_in_the_headline(judged: Callable[..., R
 
 @pytest.mark.parametrize("partial", [{"findings": FINDINGS}, {"grade": {"verdict": "doubtful"}}])
 def test_report_of_half_a_grade(judged: Callable[..., Run], tmp_path: Path, partial: dict[str, Any]) -> None:
-    assert "what the checks of this verdict found." in _report([judged(2, **partial)], tmp_path)
+    assert "what the checks of this evaluation found." in _report([judged(2, **partial)], tmp_path)
 
 
 def test_report_without_grade_says_nothing_of_it(judged: Callable[..., Run], tmp_path: Path) -> None:

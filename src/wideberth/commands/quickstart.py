@@ -26,7 +26,7 @@ EPS = 0.15
 
 
 def run(out: str = "runs/quickstart", epochs: int | None = None, overwrite: bool = True) -> None:
-    """Train six ways on the built-in digits, judge each, and end in one table and one report.html.
+    """Train six ways on the built-in digits, evaluate each, and write one table and one report.html.
 
     Args:
         out: where the six run directories and report.html go.

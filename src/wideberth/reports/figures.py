@@ -123,7 +123,7 @@ def radius_histogram(run: Run) -> Figure:
     over_time.pcolormesh(
         columns, edges * shown.scale, np.sqrt(shares.T), cmap=DENSITY, vmin=0, rasterized=True, gid="density"
     )
-    # Square roots: a thin tail of samples should still be seen beside the bulk.
+    # Square roots, so that bins with few samples are visible beside those with many.
     cumulative = np.pad(np.cumsum(shares, axis=1), ((0, 0), (1, 0)))
     for quantile, width in ((0.25, 0.8), (0.5, 2.0), (0.75, 0.8)):
         level = [np.interp(quantile, row / row[-1], edges * shown.scale) for row in cumulative]
@@ -165,7 +165,7 @@ def _shares(histogram: pd.DataFrame, scale: float) -> tuple[np.ndarray, np.ndarr
 
 
 def _spread(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Epochs (E,), common bin edges (N + 1,) and shares (E, N): every epoch's own bins, poured into common ones."""
+    """Epochs (E,), common bin edges (N + 1,), and shares (E, N): each epoch's counts, spread over common bins."""
     low, high = float(table["low"].min()), float(table["high"].max())
     bins = int(table.groupby("epoch").size().max())
     edges = np.linspace(low, high if high > low else low + 1e-6, bins + 1)
@@ -259,7 +259,7 @@ def margin_distribution(runs: Sequence[Run]) -> Figure:
     pooled = pooled[np.isfinite(pooled)]
     low, high = np.quantile(pooled, (0.01, 0.99)) if len(pooled) else (0.0, 1.0)
     high = high if high > low else low + 1.0
-    # Far below zero lie samples that are hopelessly wrong: they must not squeeze the part that is read.
+    # Samples far below zero are misclassified by much: they must not compress the range that is read.
     low = max(low, -high / 2) if high > 0 else low
     # A grid instead of every sample: the file stays small, and the heights on the grid are exact.
     grid = np.linspace(low - 0.02 * (high - low), high + 0.02 * (high - low), 401)

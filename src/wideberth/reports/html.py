@@ -136,17 +136,17 @@ def write_report(runs: Sequence[Run], out: Path, title: str | None = None) -> Pa
 def headline(runs: Sequence[Run], table: pd.DataFrame) -> str:
     """The page's first sentences: the finding, and what exactly was measured."""
     protocols = _protocols(table)
-    judged = table[table["robust_accuracy"].notna()]
-    if not len(judged):
+    evaluated = table[table["robust_accuracy"].notna()]
+    if not len(evaluated):
         return "Not evaluated yet: this page shows the records of training only."
     if len(protocols) > 1:
         return (
-            f"{len(judged)} runs, judged by {len(protocols)} different protocols: "
-            "compare only rows that were judged alike."
+            f"{len(evaluated)} runs, evaluated by {len(protocols)} different protocols: "
+            "compare only rows with the same protocol."
         )
-    best = judged.sort_values("robust_accuracy").iloc[-1]
+    best = evaluated.sort_values("robust_accuracy").iloc[-1]
     verdict = next(e for run in runs if (e := run.evaluation) is not None)
-    finding = f"{best['name']} has the highest robust accuracy of {len(judged)} runs: " if len(judged) > 1 else ""
+    finding = f"{best['name']} has the highest robust accuracy of {len(evaluated)} runs: " if len(evaluated) > 1 else ""
     interval = ""
     if math.isfinite(best["robust_low"]):
         level = number(verdict.get("confidence"))
@@ -187,9 +187,9 @@ def _threat(verdict: dict[str, Any]) -> str:
 
 
 def _protocols(table: pd.DataFrame) -> set[tuple[str, ...]]:
-    """The different ways in which the runs were judged."""
-    judged = table[table["robust_accuracy"].notna()]
-    return set(judged[list(PROTOCOL)].astype(str).itertuples(index=False, name=None))
+    """The different ways in which the runs were evaluated."""
+    evaluated = table[table["robust_accuracy"].notna()]
+    return set(evaluated[list(PROTOCOL)].astype(str).itertuples(index=False, name=None))
 
 
 def _sections(runs: Sequence[Run], names: Sequence[str], table: pd.DataFrame) -> Iterator[Section]:
@@ -202,20 +202,20 @@ def _sections(runs: Sequence[Run], names: Sequence[str], table: pd.DataFrame) ->
 
 
 def _result(runs: Sequence[Run], table: pd.DataFrame) -> Section:
-    section = Section("trade-off", "Accuracy against robustness", "What robustness costs on clean data.")
-    judged = table[table["robust_accuracy"].notna() & table["clean_accuracy"].notna()]
-    if len(judged) > 1:
+    section = Section("trade-off", "Accuracy against robustness", "Clean accuracy that is lost for robust accuracy.")
+    evaluated = table[table["robust_accuracy"].notna() & table["clean_accuracy"].notna()]
+    if len(evaluated) > 1:
         listed = "; ".join(
             f"{name} {100 * clean:.1f}% clean, {100 * robust:.1f}% robust"
             for name, clean, robust in zip(
-                judged["name"], judged["clean_accuracy"], judged["robust_accuracy"], strict=True
+                evaluated["name"], evaluated["clean_accuracy"], evaluated["robust_accuracy"], strict=True
             )
         )
         section.add(
             partial(figures.trade_off, runs),
             alt=f"Scatter plot of clean against robust accuracy. {listed}.",
             caption="Up and to the right is better. Bars are the intervals of the table: "
-            "mind them before ranking neighbours.",
+            "where they overlap, the order of two runs may be chance.",
         )
     return section
 
@@ -223,12 +223,12 @@ def _result(runs: Sequence[Run], table: pd.DataFrame) -> Section:
 def _verdicts(runs: Sequence[Run], names: Sequence[str]) -> Section:
     section = Section(
         "verdict",
-        "Behind the verdicts" if len(runs) > 1 else "Behind the verdict",
-        "How far the robustness reaches, which attack found what, and how much work it took.",
+        "The evaluations in detail" if len(runs) > 1 else "The evaluation in detail",
+        "Robust accuracy at other radii, what each attack found, and the number of evaluations it took.",
     )
-    judged = [(place, name, evaluation_of(run)) for place, (name, run) in enumerate(zip(names, runs, strict=True))]
+    evaluated = [(place, name, evaluation_of(run)) for place, (name, run) in enumerate(zip(names, runs, strict=True))]
     for picture in verdicts.PICTURES:
-        for position, name, evaluation in judged:
+        for position, name, evaluation in evaluated:
             if evaluation is None:
                 continue
             section.add(
@@ -255,21 +255,22 @@ def _margins(runs: Sequence[Run], names: Sequence[str], table: pd.DataFrame) -> 
     section.add(
         partial(figures.margin_distribution, runs),
         alt=f"Share of samples by least effective margin. Medians in input units: {medians or 'not recorded'}.",
-        caption="Share of evaluated samples whose margin is at least the value below. At 0 a curve stands at the clean "
-        "accuracy; what is left of it at the dashed radius is what a linear model of the network calls robust.",
+        caption="Share of evaluated samples whose margin is at least the value below. At 0 a curve has the clean "
+        "accuracy; its height at the dashed radius is the robust accuracy that a linear model of the network predicts.",
         title="Margins of the evaluated samples",
     )
     for column, title, caption in (
         (
             "effective_margin",
             "Margin over training",
-            "Median over a fixed probe. Larger logits alone cannot raise it: what rises here is distance.",
+            "Median over a fixed set of samples. Scaling the logits does not change it: it rises with the distance to "
+            "the boundary.",
         ),
         (
             "effective_weight_norm",
             "Weight norm over training",
-            "Median over a fixed probe, on a log scale. Growth means the loss was lowered by sharper logits: "
-            "the same margin in the logits then protects less of the input space.",
+            "Median over a fixed set of samples, on a log scale. Where it grows, the same margin in the logits is a "
+            "smaller distance in the input space.",
         ),
     ):
         _add_curves(section, runs, names, column, title, caption)
@@ -278,7 +279,7 @@ def _margins(runs: Sequence[Run], names: Sequence[str], table: pd.DataFrame) -> 
 
 def _radii(runs: Sequence[Run], names: Sequence[str]) -> Section:
     section = Section(
-        "radii", "Learned radii", "How far training moved each sample: the radius adapts to what the sample can bear."
+        "radii", "Learned radii", "The radius within which training perturbed each sample, learned for each."
     )
     for run, name in zip(runs, names, strict=True):
         middle = last(run.metrics, "radius_q50")
@@ -297,8 +298,8 @@ def _samples_section(runs: Sequence[Run], names: Sequence[str]) -> Section:
     section = Section(
         "extremes",
         "Samples at both ends",
-        "Small radii gather samples that look like another class, or that carry a wrong label; large radii, samples "
-        "that are easy to tell.",
+        "Samples with small radii often look like another class or have a wrong label; those with large radii are far "
+        "from the decision boundary.",
     )
     for run, name in zip(runs, names, strict=True):
         section.add(
@@ -311,12 +312,13 @@ def _samples_section(runs: Sequence[Run], names: Sequence[str]) -> Section:
 
 
 def _training(runs: Sequence[Run], names: Sequence[str]) -> Section:
-    section = Section("training", "Training", "How the runs came about.")
+    section = Section("training", "Training", "Loss and accuracy over the epochs.")
     for column, title, caption in (
         (
             "loss",
             "Training loss",
-            "Each run's own objective" + (": compare shapes, not heights." if len(runs) > 1 else "."),
+            "Each run's own objective"
+            + (": the values of different objectives cannot be compared." if len(runs) > 1 else "."),
         ),
         ("validation_clean", "Clean validation accuracy", "Accuracy on held-out samples as they are."),
         (
@@ -346,7 +348,7 @@ def _add_curves(
 
 
 def _line_ups(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Names of the attacks, and per run the accuracy in percent that was left after each; last, what they cost."""
+    """Names of the attacks, and per run the robust accuracy in percent after each; last, evaluations per sample."""
     left = {
         name: {
             str(attack.get("name")): percent_text(number(attack.get("robust_accuracy")))

@@ -1,4 +1,4 @@
-"""What reports read out of runs: names, units and numbers as people write them."""
+"""What reports read from runs: names, units and numbers in text."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def unit(norm: object, sizes: Iterable[float]) -> Unit:
 
 def unit_of(runs: Sequence[Run]) -> Unit:
     """The one unit that suits the evaluations of all runs."""
-    judged = [evaluation for run in runs if (evaluation := run.evaluation) is not None]
-    norms = {evaluation.get("norm") for evaluation in judged}
-    return unit(norms.pop() if len(norms) == 1 else None, (largest_eps(e) for e in judged))
+    evaluated = [evaluation for run in runs if (evaluation := run.evaluation) is not None]
+    norms = {evaluation.get("norm") for evaluation in evaluated}
+    return unit(norms.pop() if len(norms) == 1 else None, (largest_eps(e) for e in evaluated))
 
 
 def number(value: object) -> float:
@@ -67,7 +67,7 @@ def config_of(run: Run) -> dict[str, Any]:
 
 
 def norm_of(run: Run) -> object:
-    """The norm the run was judged in, else the one it was trained in, else None."""
+    """The norm of the run's evaluation, else that of its training, else None."""
     attack = config_of(run).get("attack")
     arguments = attack.get("init_args") if isinstance(attack, dict) else None
     trained = arguments.get("norm") if isinstance(arguments, dict) else None
@@ -84,7 +84,7 @@ def evaluation_of(run: Run) -> Evaluation | None:
 
 @dataclass(frozen=True)
 class Grade:
-    """Whether a verdict can be believed.
+    """The grade of an evaluation: whether its robust accuracy can be trusted.
 
     Attributes:
         verdict: "trusted", "doubtful" or "masked"; "" where only findings are recorded.

@@ -79,17 +79,17 @@ class Cell(NamedTuple):
 def printed(comparison: pd.DataFrame) -> tuple[list[str], list[list[Cell]]]:
     """Headings and cells of a comparison as people read it.
 
-    Columns that no run fills are left out. What the runs were judged by is shown where it differs; then no accuracy
-    is called best, because the rows do not compete.
+    Columns that no run fills are left out. The protocols are shown where they differ; then no accuracy is marked as
+    best, because the rows cannot be compared.
     """
-    judged = comparison[comparison["robust_accuracy"].notna()]
-    differing = [key for key in PROTOCOL if judged[key].astype(str).nunique() > 1]
-    norms = set(judged["norm"])
-    distance = unit(norms.pop() if len(norms) == 1 else None, map(number, judged["eps"]))
+    evaluated = comparison[comparison["robust_accuracy"].notna()]
+    differing = [key for key in PROTOCOL if evaluated[key].astype(str).nunique() > 1]
+    norms = set(evaluated["norm"])
+    distance = unit(norms.pop() if len(norms) == 1 else None, map(number, evaluated["eps"]))
     columns: dict[str, list[Cell]] = {"run": [Cell(str(name)) for name in comparison["name"]]}
     for kind in ("clean", "robust"):
         values = comparison[f"{kind}_accuracy"]
-        best = values.max() if not differing and len(judged) > 1 else math.inf
+        best = values.max() if not differing and len(evaluated) > 1 else math.inf
         columns[f"{kind} accuracy, %"] = [
             Cell(percent_text(value), _interval(low, high), bool(value >= best))
             for value, low, high in zip(values, comparison[f"{kind}_low"], comparison[f"{kind}_high"], strict=True)

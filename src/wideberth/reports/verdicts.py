@@ -1,4 +1,4 @@
-"""Figures of one verdict: which attack took what, how accuracy falls with the radius, and what each sample cost.
+"""Figures of one evaluation: accuracy after each attack, accuracy by radius, and evaluations per sample.
 
 Each takes the record of an evaluation and the position of its run, which gives it the run's colour. Where the record
 lacks what a figure needs, it raises `NoRecords`. `PICTURES` says how to read them.
@@ -38,7 +38,7 @@ MISCLASSIFIED, BROKEN, ROBUST = "misclassified from the start", "broken by ", "r
 
 @styled
 def survival(evaluation: Evaluation, position: int = 0) -> Figure:
-    """Robust accuracy in percent that each attack left, over the seconds that had passed when it was done.
+    """Robust accuracy in percent after each attack, over the seconds that had passed at its end.
 
     Args:
         evaluation: whose protocol lists its attacks: name, robust_accuracy, seconds.
@@ -51,7 +51,7 @@ def survival(evaluation: Evaluation, position: int = 0) -> Figure:
     left = 100 * np.array([number(attack.get("robust_accuracy")) for attack in attacks])
     spent = np.array([number(attack.get("seconds")) for attack in attacks])
     if "clean_correct" not in evaluation.samples or not len(attacks) or not np.isfinite([left, spent]).all():
-        raise NoRecords("the evaluation does not say what each attack left and took (robust_accuracy, seconds)")
+        raise NoRecords("the evaluation does not record the robust_accuracy and the seconds of each attack")
     left, passed = np.append(100 * evaluation.clean_accuracy, left), np.append(0.0, np.cumsum(spent))
     scale, name = next(
         (scale, name)
@@ -99,7 +99,7 @@ def robustness_curve(evaluation: Evaluation, position: int = 0) -> Figure:
     eps, radii = eps_of(protocol), samples["radius"].to_numpy(float)
     shown = unit(protocol.get("norm"), [largest_eps(protocol)])
     some = radii[np.isfinite(radii) & (radii > 0)]
-    # The farthest hundredth of samples must not squeeze the part that is read.
+    # The largest hundredth of the radii must not compress the range that is read.
     high = max(1.5 * eps if eps > 0 else 0.0, float(np.quantile(some, 0.99)) if len(some) else 0.0) or 1.0
     steps = np.unique(radii[radii < high])
     grid = steps if len(steps) <= 300 else np.linspace(0, high, 301)
@@ -117,7 +117,7 @@ def robustness_curve(evaluation: Evaluation, position: int = 0) -> Figure:
     if "robust" in samples and 0 <= eps <= high:
         left = 100 * evaluation.robust_accuracy
         axes.plot([eps * shown.scale], [left], marker="o", markersize=5, color=style.ink, clip_on=False, gid="verdict")
-        # A falling curve leaves free what is above to the right, and below to the left.
+        # The curve falls, so there is room above it to the right and below it to the left.
         place, align = ((6, 5), "left") if left < 92 else ((-6, -11), "right")
         axes.annotate(
             percent_text(left / 100), (eps * shown.scale, left), place, textcoords="offset points",
@@ -136,9 +136,9 @@ def robustness_curve(evaluation: Evaluation, position: int = 0) -> Figure:
 
 @styled
 def costs(evaluation: Evaluation, position: int = 0) -> Figure:
-    """How many evaluations samples took, one histogram for each way in which they ended, with share and median.
+    """How many evaluations samples took, one histogram for each outcome, with share and median.
 
-    The histograms share their bins, and each has its own height: what few samples ended by would not be seen else.
+    The histograms share their bins. Each is scaled to its own height, so that rare outcomes are visible.
 
     Args:
         evaluation: whose samples hold `evaluations` and their outcome (see `outcomes`).
@@ -248,8 +248,8 @@ def _how_to_read_the_curve(evaluation: Evaluation) -> str:
     )
     never = float((evaluation.samples["radius"] == np.inf).mean()) if "radius" in evaluation.samples else 0.0
     return caption + (
-        f" {percent_text(never)}% of the samples broke at no distance at all, which speaks against the search rather "
-        "than for the model."
+        f" {percent_text(never)}% of the samples broke at no distance at all, which is a sign of a weak search, "
+        "not of a robust model."
         if never
         else ""
     )
@@ -261,7 +261,7 @@ def _survival_in_words(evaluation: Evaluation) -> str:
         for attack in evaluation.protocol.get("attacks") or ()
     )
     clean = percent_text(evaluation.clean_accuracy)
-    return f"Accuracy left after each attack, over the time spent. Clean {clean}%; {left}."
+    return f"Robust accuracy after each attack, over the time spent. Clean {clean}%; {left}."
 
 
 def _costs_in_words(evaluation: Evaluation) -> str:
@@ -272,25 +272,28 @@ def _costs_in_words(evaluation: Evaluation) -> str:
 
 
 def _how_to_read_costs(evaluation: Evaluation) -> str:
-    caption = "Each row shows, at its own height, how much work went into the samples that ended this way"
+    caption = "Each row shows how many evaluations the samples with this outcome took, scaled to its own height"
     if "radius" in evaluation.samples:
-        return f"{caption}, the search for the smallest radius included, which goes on after a sample is broken."
-    return f"{caption}: where some broke only as far right as the robust ones lie, more work may break more."
+        return f"{caption}, including the search for the smallest radius, which goes on after a sample is broken."
+    return (
+        f"{caption}: where some broke only after as many evaluations as the robust ones took, a longer search may "
+        "break more."
+    )
 
 
 PICTURES = (
     Picture("Robust accuracy by radius", robustness_curve, _curve_in_words, _how_to_read_the_curve),
     Picture(
-        "Accuracy left after each attack",
+        "Robust accuracy after each attack",
         survival,
         _survival_in_words,
         lambda _: (
-            "Each step down is what an attack broke that all before it had left: while the last ones still take "
-            "something, a longer line-up would take more."
+            "Each step down is the share of samples that an attack broke and those before it did not. Where the last "
+            "attacks still break some, more attacks would probably break more."
         ),
     ),
     Picture(
-        "What the samples cost",
+        "Evaluations per sample",
         costs,
         _costs_in_words,
         _how_to_read_costs,
