@@ -148,6 +148,8 @@ def test_radii_per_sample_are_in_every_title(bare: Callable[..., Run], tmp_path:
     assert [row[titles.index("eps")].text for row in rows] == [text, "0.1"]
     assert all_evaluations([run]).loc[0, "eps"] == text
     assert "one radius per sample" in differing_protocols([run, other])
+    small = bare("c", evaluation(eps={"per_sample": True, "min": 0.01, "mean": 0.02, "max": 0.03}))
+    assert comparison([small]).loc[0, "largest_eps"] == 0.03  # by which table and figures choose the same unit
 
 
 def test_the_curve_of_radii_per_sample_has_a_line_in_place_of_a_dot() -> None:

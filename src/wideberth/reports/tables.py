@@ -19,6 +19,7 @@ from wideberth.reports.records import (
     eps_text,
     figures_text,
     labels,
+    largest_eps,
     last,
     number,
     percent_text,
@@ -36,8 +37,8 @@ def comparison(runs: Sequence[Run]) -> pd.DataFrame:
 
     Columns: name; clean_accuracy, clean_low, clean_high; robust_accuracy, robust_low, robust_high; effective_margin
     and effective_weight_norm (medians over the evaluated samples); epochs; kept_epoch (whose weights the run exported,
-    counted from 1); seconds (of training); data, split, norm, eps (in words where there is one per sample), suite, n.
-    NaN or None where a run does not hold the record.
+    counted from 1); seconds (of training); data, split, norm, eps (in words where there is one per sample), suite, n;
+    largest_eps. NaN or None where a run does not hold the record.
     """
     return pd.DataFrame([_row(run, name) for run, name in zip(runs, labels(runs), strict=True)])
 
@@ -65,6 +66,7 @@ def _row(run: Run, name: str) -> dict[str, object]:
         row[key] = number(verdict.get(key)) if key in ("eps", "n") else verdict.get(key)
     if isinstance(verdict.get("eps"), dict):
         row["eps"] = eps_text(verdict)
+    row["largest_eps"] = largest_eps(verdict)
     return row
 
 
@@ -85,7 +87,7 @@ def printed(comparison: pd.DataFrame) -> tuple[list[str], list[list[Cell]]]:
     evaluated = comparison[comparison["robust_accuracy"].notna()]
     differing = [key for key in PROTOCOL if evaluated[key].astype(str).nunique() > 1]
     norms = set(evaluated["norm"])
-    distance = unit(norms.pop() if len(norms) == 1 else None, map(number, evaluated["eps"]))
+    distance = unit(norms.pop() if len(norms) == 1 else None, evaluated["largest_eps"])
     columns: dict[str, list[Cell]] = {"run": [Cell(str(name)) for name in comparison["name"]]}
     for kind in ("clean", "robust"):
         values = comparison[f"{kind}_accuracy"]
