@@ -221,5 +221,7 @@ def test_the_command_names_the_altered_points_and_fails(tmp_path: Path, capsys: 
     n = len(found.adversarial)
     assert lines[0] == f"{n - 2} of {n} adversarial points agree with the record"
     assert [line.split()[1] for line in lines[1:]] == [str(p) for p in found.adversarial.position[[0, 2]].tolist()]
+    assert main(["verify", str(run.path), "--evaluation", folder.name]) == 1
+    capsys.readouterr()
     assert main(["verify", str(tmp_path)]) == 2
     assert "holds no evaluation" in capsys.readouterr().err

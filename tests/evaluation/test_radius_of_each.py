@@ -73,7 +73,8 @@ def test_rows_and_radii_stay_together() -> None:
     chosen = whole.loc[fewer["index"]].reset_index(drop=True)
     assert_frame_equal(fewer, chosen, rtol=1e-9)
     eps = torch.full_like(radii(), float("nan"))  # radii of samples that are not evaluated may be unknown
-    eps[fewer["index"].to_numpy()] = radii()[fewer["index"].to_numpy()]
+    rows = fewer["index"].tolist()
+    eps[rows] = radii()[rows]
     assert_frame_equal(verdict(eps, rows=13).samples, chosen, rtol=1e-9)
     shuffled = Shuffled()
     found = evaluate(

@@ -11,7 +11,7 @@ from wideberth.commands.evaluate import subject
 from wideberth.commands.parsing import parse
 from wideberth.data import Data
 from wideberth.evaluation import Evaluation
-from wideberth.runs import Run
+from wideberth.runs import EVALUATIONS, Run
 
 
 def run(
@@ -21,6 +21,7 @@ def run(
     weights: str | None = None,
     architecture: dict[str, Any] | None = None,
     batch_size: int = 256,
+    evaluation: str | None = None,
 ) -> int:
     """Check every adversarial point of an evaluation again, in seconds and without a search.
 
@@ -33,8 +34,9 @@ def run(
         weights: a file of weights for a model named by its architecture.
         architecture: class_path and init_args, for a .safetensors file on its own.
         batch_size: points at a time.
+        evaluation: the name of the evaluation to check (default: the newest).
     """
-    found = Evaluation.load(record)
+    found = Evaluation.load(record if evaluation is None else Path(record) / EVALUATIONS / evaluation)
     if model is None and not (Path(record).is_dir() and Run(record).finished):
         # What a record names as its model is not looked up: it may be code.
         raise InputError(f"--model: needed, since {record!r} is not a run that holds its weights")
