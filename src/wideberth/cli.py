@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
 COMMANDS = {
     "quickstart": "the papers' comparison in miniature on built-in data, ending in report.html",
@@ -34,7 +33,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns 0, 1 where `verify` disagrees, 2 for bad input (one line on stderr), 130 if interrupted."""
+    """Run a command; returns 0, 1 where `verify` disagrees, 2 for bad input (a line on stderr), 130 if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -50,8 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from wideberth.checks import InputError
 
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # classes of the user's own, named on the command line, may live here
     try:
         code = import_module(f"wideberth.commands.{name}").main(rest)
     except InputError as error:

@@ -32,8 +32,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 
-from wideberth.checks import InputError
-from wideberth.configuration import one_line
+from wideberth.checks import InputError, one_line
 
 EVALUATIONS = "evaluations"
 """The folder of a run directory that holds its evaluations."""

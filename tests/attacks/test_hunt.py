@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from wideberth.evaluation.verify import inside
 
 from wideberth import geometry, losses
 from wideberth.attacks import (

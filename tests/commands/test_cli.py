@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from wideberth import cli, memory
-from wideberth.commands.parsing import load_yaml, prepared
+from wideberth.commands.parsing import load_yaml, own_modules, prepared
 from wideberth.recipes import recipe_names
 from wideberth.runs import Run
 
@@ -132,6 +132,38 @@ def test_classes_of_the_users_own_may_live_in_the_current_directory(wideberth, m
     code, _, err = wideberth(*words, "--out", "own")
     assert code == 0, err
     assert yaml.safe_load(Path("own/config.yaml").read_text())["objective"]["class_path"] == "mine_own.Own"
+
+
+@pytest.mark.parametrize(
+    ("words", "searched"),
+    [
+        (["--objective", "mine.Own"], True),
+        (["--objective=mine.Own"], True),
+        (["--regularizers+=mine.sub.Own"], True),
+        (["--attack.loss", "mine.loss"], True),
+        (["mine:net(8)"], True),
+        (["--model", "{class_path: 'mine.Net', init_args: {width: 3}}"], True),
+        (["--model", '{"class_path": "mine.Net"}'], True),
+        (["run", "--trust"], True),
+        ([], False),
+        (["run"], False),
+        (["mine.yaml"], False),
+        (["--objective", "torch.Own", "--radius", "Fixed", "--data", "yaml.Own"], False),
+        (["--out", "mine.csv"], False),
+        (["--config=mine.csv"], False),
+        (["--eps", "8/255", "--rows", "8"], False),
+    ],
+)
+def test_the_current_directory_is_searched_for_modules_that_words_name(
+    words: list[str], searched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("mine.py", "mine.yaml", "torch.py", "yaml.py"):
+        Path(name).touch()
+    Path("run").mkdir()
+    own_modules(words)
+    assert (str(tmp_path) in sys.path) == searched
 
 
 def test_quickstart_ends_in_a_table_and_a_report(wideberth) -> None:

@@ -137,23 +137,27 @@ def test_commands_of_a_page_parse(page: Path, workplace: Path, monkeypatch: pyte
         module = import_module(f"wideberth.commands.{name}")
         function = wb.train if name == "train" else module.run
         parameters = inspect.signature(function).parameters
-        accepted = {*parameters, "config", "help", "print_config"}
+        accepted = {*parameters, "config", "help", "print_config", "trust"}
         given = {re.split(r"[.=+]", word[2:])[0] for word in words if word.startswith("--")}
         assert given <= accepted, f"wideberth {name} {shlex.join(words)}: there is no {given - accepted}"
         if name == "train":
-            train.parser().parse_args(parsing.prepared(words))
+            train.parse(words)
         else:
             parsing.parse(name, function, words, many="runs" if "runs" in parameters else None)
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"))
 def test_configurations_of_a_page_parse(page: Path, workplace: Path) -> None:
-    """Every YAML block is a configuration, on its own or on top of a recipe."""
+    """Every YAML block is a configuration, on its own or on top of a recipe; one with other classes needs trust."""
     for place, block in enumerate(blocks(page, "yaml")):
         file = workplace / f"{place}.yaml"
         file.write_text(block)
         words = ["--config", str(file)] if "model:" in block else ["--config", "digits/pgd-at", "--config", str(file)]
-        train.parser().parse_args(parsing.prepared(words))
+        if re.search(r"class_path: (?!wideberth|torch)\w+\.", block) or "HuggingFace" in block:
+            with pytest.raises(wb.InputError, match="--trust"):
+                train.parse(words)
+            words.append("--trust")
+        train.parse(words)
 
 
 def anchors(page: Path) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from wideberth.models import (
     Normalize,
     PreActResNet18,
     SmallCNN,
+    Timm,
     Torchvision,
     WideResNet,
     build,
@@ -33,6 +35,7 @@ from wideberth.models import (
     save_weights,
 )
 from wideberth.models.libraries import IMAGENET_MEAN, LibraryModel
+from wideberth.trust import NotTrusted
 
 TINY: dict[str, Any] = {
     "class_path": "wideberth.models.ConvNet",
@@ -206,7 +209,7 @@ def test_build_finds_bare_names_paths_and_nested_models(monkeypatch: pytest.Monk
     assert isinstance(build({"class_path": "WideResNet", "init_args": {"depth": 10, "factor": 1}}), WideResNet)
     sequence = build({"class_path": "torch.nn.Linear", "init_args": {"in_features": 3, "out_features": 2}})
     assert isinstance(sequence, nn.Linear)
-    nested = build({"class_path": "users.Wrapped", "init_args": {"inner": TINY, "scale": 2.0}})
+    nested = build({"class_path": "users.Wrapped", "init_args": {"inner": TINY, "scale": 2.0}}, trust=True)
     assert isinstance(nested, Wrapped)
     assert isinstance(nested.inner, ConvNet)
 
@@ -265,8 +268,33 @@ def test_the_command_line_builds_what_its_written_configuration_rebuilds(
 )
 def test_build_refuses(spec: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says) as refusal:
-        build(spec)
+        build(spec, trust=True)
     assert "\n" not in str(refusal.value)
+
+
+def test_what_a_file_names_is_built_only_if_it_is_trusted(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "not_ours.py").write_text("from wideberth.models import ConvNet as Base\nclass Net(Base): pass\n")
+    own = TINY | {"class_path": "not_ours.Net"}
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": own}))
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((run / "model.safetensors").read_bytes())
+    ways: list[tuple[Callable[..., nn.Module], str]] = [
+        (partial(build, own), "model: model names"),
+        (partial(load_model, str(run)), rf"^{run}/config\.yaml: model names"),
+        (partial(load_model, str(run / "model.safetensors")), rf"^{run}/config\.yaml: model names"),
+        (partial(load_model, str(alone), architecture=own), "^architecture: model names"),
+    ]
+    for way, where in ways:
+        with pytest.raises(NotTrusted, match=rf"{where} 'not_ours\.Net', .*--trust \(in Python trust=True\)"):
+            way()
+        assert "not_ours" not in sys.modules
+    for way, _ in ways:
+        assert type(way(trust=True)).__name__ == "Net"
+    sys.modules.pop("not_ours")
+    assert type(load_model("not_ours:Net((3, 8, 8))")).__name__ == "Net"  # what is typed is not questioned
 
 
 # --- words -------------------------------------------------------------------------------------------------------
@@ -310,7 +338,7 @@ def test_a_run_rebuilds_a_model_made_in_python_with_its_head(make: Any, tmp_path
         parameter.data.mul_(1.1)
     save_weights(model, tmp_path / "model.safetensors")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": describe(model)}))
-    rebuilt = load_model(str(tmp_path))
+    rebuilt = load_model(str(tmp_path), trust="Doubled" in str(describe(model)))
     assert same(model, rebuilt)
     x = torch.rand(2, *model.given_args[0]) if type(model) is not WideResNet else torch.rand(2, 3, 32, 32)
     assert torch.equal(model(x), rebuilt(x))
@@ -359,6 +387,11 @@ def test_timm_is_asked_for_a_model_without_weights(monkeypatch: pytest.MonkeyPat
     assert model(X).shape == (2, 5)
     with pytest.raises(InputError, match="timm/tony: timm has no such classification model; close are tiny"):
         load_model("timm/tony")
+    asked.clear()
+    for option in ("checkpoint_path", "pretrained", "weights"):
+        with pytest.raises(InputError, match=f"options: {option}: weights are loaded afterwards"):
+            Timm("tiny", options={option: "weights.pth"})
+    assert not asked
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.table import Table
 from torch import Tensor, nn
 
 from wideberth.attacks import SUITES
-from wideberth.checks import InputError, Norm, choice
-from wideberth.commands.parsing import call, print_to_terminal
+from wideberth.checks import InputError, Norm, choice, one_line
+from wideberth.commands.parsing import call, load_yaml, print_to_terminal
 from wideberth.commands.threat import threat
-from wideberth.configuration import construct as construct
-from wideberth.configuration import import_object
+from wideberth.configuration import construct, import_object
 from wideberth.data import Data, selected_rows
 from wideberth.evaluation import Evaluation, evaluate, shards
 from wideberth.evaluation.identity import describe_samples, describe_search, record_name
@@ -25,12 +25,16 @@ from wideberth.models import load_model
 from wideberth.reports import render_records
 from wideberth.reports.records import eps_text
 from wideberth.runs import Run
+from wideberth.trust import check
 
 
 def subject(
-    model: str, data: Data | None, weights: str | None, architecture: dict[str, Any] | None
+    model: str, data: Data | None, weights: str | None, architecture: str | None, trust: bool = False
 ) -> tuple[nn.Module, Data]:
-    """The model on the best device at hand, and the data: the given one, or what the run was trained on."""
+    """The model on the best device at hand, and the data: the given one, or what the run was trained on.
+
+    What the run's configuration and the architecture name is checked before it runs, unless they are trusted.
+    """
     folder = Path(model)
     if not folder.exists() and ("/" in model and not model.startswith(("timm/", "torchvision/"))):
         raise InputError(f"MODEL {model!r}: no such run or file")
@@ -38,13 +42,38 @@ def subject(
         recorded = Run(folder).config.get("data") if folder.is_dir() else None
         if recorded is None:
             raise InputError(f"--data: needed, since MODEL {model!r} is not a run that records its data")
-        data = build_data(recorded)
-    loaded = load_model(model, weights=weights, architecture=architecture, classes=data.classes)
+        data = build_data(recorded, trust=trust, where=str(folder / "config.yaml"))
+    spec = None if architecture is None else read_architecture(architecture)
+    loaded = load_model(model, weights=weights, architecture=spec, classes=data.classes, trust=trust)
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), data
 
 
-def build_data(recorded: dict[str, Any]) -> Data:
-    """The data set that a run's configuration names."""
+def read_architecture(given: str) -> dict[str, Any]:
+    """The class_path and init_args that a YAML file holds, as they are or as the `model` of a run, or that are given.
+
+    Read here and not by the parser, which would build what it finds.
+    """
+    try:
+        read = load_yaml(given if "class_path" in given else Path(given).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"--architecture {given!r:.80}: cannot be read: {one_line(error)}") from error
+    spec = read.get("model", read) if isinstance(read, dict) else read
+    if not isinstance(spec, dict):
+        raise InputError(f"--architecture {given!r:.80}: must be a YAML file, or YAML, with class_path and init_args")
+    return spec
+
+
+def build_data(recorded: dict[str, Any], *, trust: bool = False, where: str = "config.yaml") -> Data:
+    """The data set that the configuration of a run names, in the file `where`.
+
+    Raises:
+        NotTrusted: it names what is no data set of wideberth, and `trust` is False; nothing was imported.
+        InputError: it cannot be built.
+    """
+    if not trust:
+        check(recorded, Data, where, "data")
+    if not isinstance(recorded, dict):
+        raise InputError(f"{where}: data: must be class_path and init_args, is {recorded!r:.80}")
     path = str(recorded.get("class_path"))
     made = construct(import_object(path), path, **(recorded.get("init_args") or {}))
     if not isinstance(made, Data):
@@ -66,10 +95,11 @@ def run(
     seed: int = 0,
     out: str | None = None,
     weights: str | None = None,
-    architecture: dict[str, Any] | None = None,
+    architecture: str | None = None,
     progress: bool = True,
     overwrite: bool = False,
     list: bool = False,
+    trust: bool = False,
 ) -> None:
     """Measure the accuracy of a model on the test split of a data set, clean and under attack.
 
@@ -92,10 +122,11 @@ def run(
         seed: of the attacks.
         out: the directory that gets the folder evaluations (default: the run directory, if MODEL is one).
         weights: a file of weights for a model named by its architecture.
-        architecture: class_path and init_args, for a .safetensors file on its own.
+        architecture: a YAML file (or YAML) with class_path and init_args, for a .safetensors file on its own.
         progress: show a progress bar.
         overwrite: replace an evaluation by the same protocol.
         list: print the evaluations that the run (or the directory OUT) holds, and evaluate nothing.
+        trust: let the run's config.yaml, and the architecture, name any class and run its code.
     """
     choice("suite", suite, tuple(SUITES))
     if list:
@@ -103,7 +134,7 @@ def run(
         return
     if weights is not None and out is None and Path(model).is_dir():
         raise InputError("--out: needed with --weights, since the evaluations of a run are of its own weights")
-    network, samples = subject(model, data, weights, architecture)
+    network, samples = subject(model, data, weights, architecture, trust)
     found = threat(model, norm, eps, samples, rows)
     target = out if out is not None else (model if Path(model).is_dir() else None)
     search: dict[str, Any] = {"norm": found.norm, "suite": suite, "seed": seed, "radii": radii, "evidence": evidence}

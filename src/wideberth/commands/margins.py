@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -24,7 +23,8 @@ def run(
     batch_size: int = 256,
     out: str | None = None,
     weights: str | None = None,
-    architecture: dict[str, Any] | None = None,
+    architecture: str | None = None,
+    trust: bool = False,
 ) -> None:
     """Measure effective margins on the test split: the logit margin over the norm of the effective weight.
 
@@ -36,13 +36,14 @@ def run(
         batch_size: samples at a time.
         out: a .parquet or .csv file for the table, one row per sample (default: margins.parquet in the run).
         weights: a file of weights for a model named by its architecture.
-        architecture: class_path and init_args, for a .safetensors file on its own.
+        architecture: a YAML file (or YAML) with class_path and init_args, for a .safetensors file on its own.
+        trust: let the run's config.yaml, and the architecture, name any class and run its code.
     """
     if out is not None and Path(out).suffix not in (".csv", ".parquet"):
         raise InputError(f"--out {out}: must end in .parquet or .csv")
     if weights is not None and out is None and Path(model).is_dir():
         raise InputError("--out: needed with --weights, since the table in the run directory is about its own weights")
-    network, source = subject(model, data, weights, architecture)
+    network, source = subject(model, data, weights, architecture, trust)
     chosen, _ = selected_rows(source, rows)
     table = margins.table(network, source.test(), norm, chosen, batch_size)
     view = Table(

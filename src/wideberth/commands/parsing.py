@@ -6,7 +6,9 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from importlib import import_module, invalidate_caches
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,11 +47,44 @@ def load_yaml(text: str) -> Any:
 set_loader("fractions", load_yaml, exceptions=(yaml.YAMLError,))
 
 
+TRUST = "let files name any class, also your own, and run its code; without it, those of wideberth and its libraries"
+
+
 class Parser(ArgumentParser):
-    """An argument parser whose errors are one line that says what, where and what would be right."""
+    """An argument parser whose errors are one line that says what, where and what would be right.
+
+    Attributes:
+        check: called with what a configuration file holds and its path, before anything in it is imported; may refuse.
+        files: how many were read.
+    """
+
+    check: Callable[[Any, str], None] | None = None
+    files = 0
 
     def __init__(self, *, parser_mode: str = "fractions", allow_abbrev: bool = False, **options: Any) -> None:
         super().__init__(parser_mode=parser_mode, allow_abbrev=allow_abbrev, **options)
+        self._reading = ""
+
+    def parse_path(self, path: Any, *args: Any, **options: Any) -> Namespace:
+        """Read a configuration file."""
+        outer, self._reading = self._reading, str(path)
+        try:
+            read: Namespace = super().parse_path(path, *args, **options)
+            return read
+        finally:
+            self._reading = outer
+
+    def parse_string(self, *args: Any, **options: Any) -> Namespace:
+        """Check the text of a configuration file, and parse it: the same text, whatever the file holds by then."""
+        self.files += 1
+        if self.check is not None:
+            try:
+                held = load_yaml(args[0] if args else options["content"])
+            except yaml.YAMLError:
+                held = None  # the parser says what is wrong with it
+            self.check(held, self._reading or "--config")
+        parsed: Namespace = super().parse_string(*args, **options)
+        return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Refuse, in one line (`InputError`)."""
@@ -97,6 +132,9 @@ def shortened(message: str, limit: int = 300) -> str:
 
 _FRACTION = re.compile(rf"^(--[\w.+]+=)?({_NUMBER})/({_NUMBER})$")
 _CLASS = re.compile(r"^(--(\w+)\+?=)(\w+)$")
+_PATH = re.compile(r"^[^\W\d]\w*(?:[.:][^\W\d]\w*)+ *(?:\(.*)?$", re.DOTALL)
+_FILES = ("--config", "--out", "--title", "--weights", "--architecture")
+_CLASS_PATH = re.compile(r"class_path['\"]?\s*:\s*['\"]?([^\W\d]\w*[.:]\w+)")
 
 
 def prepared(words: Sequence[str]) -> list[str]:
@@ -131,12 +169,43 @@ def config_path(name: str) -> Path:
     return Path(name) if Path(name).is_file() else find_recipe(name)
 
 
+def own_modules(words: Sequence[str]) -> None:
+    """Let the current directory join `sys.path` (at its end) if the words name a module that is found only there.
+
+    Or if they say `--trust`, since files may then name one. Otherwise it stays out: it may be the folder of a
+    stranger's run, whose files libraries would find when they look for what they can do without.
+    """
+    here = Path.cwd()
+    if str(here) in sys.path:
+        return
+    pairs = zip(["", *words], words, strict=False)
+    tops = {name.partition(".")[0].partition(":")[0] for pair in pairs for name in _named(*pair)}
+    found = {top for top in tops if (here / top).is_dir() or (here / f"{top}.py").is_file()}
+    if "--trust" in words or any(top not in sys.modules and not find_spec(top) for top in found):
+        sys.path.append(str(here))
+        invalidate_caches()
+
+
+def _named(before: str, word: str) -> list[str]:
+    """The import paths that a word names: as it stands, behind an equals sign, or under class_path in YAML."""
+    option, value = word.partition("=")[::2] if word.startswith("--") else (before, word)
+    if option in _FILES:
+        return []
+    return [value] if _PATH.match(value) and not Path(value).exists() else _CLASS_PATH.findall(value)
+
+
 def parse(command: str, function: Callable[..., Any], words: Sequence[str], many: str | None = None) -> Namespace:
     """Parse the words of a command whose function takes plain values; `many` names a list of positional words."""
     parser = Parser(prog=f"wideberth {command}", description=(function.__doc__ or "").strip().splitlines()[0])
+    skipped: set[str | int] = set()
     if many:
         parser.add_argument(many, nargs="+")
-    parser.add_function_arguments(function, skip={many} if many else set(), as_positional=True)
+        skipped.add(many)
+    if "trust" in signature(function).parameters:
+        parser.add_argument("--trust", action="store_true", help=TRUST)
+        skipped.add("trust")
+    parser.add_function_arguments(function, skip=skipped, as_positional=True)
+    own_modules(words)
     ready: Namespace = parser.instantiate(parser.parse_args(prepared(with_flags(words, function))))
     return ready
 

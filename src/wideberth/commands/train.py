@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import yaml
+from jsonargparse import Namespace
 
-from wideberth.commands.parsing import Parser, prepared
+from wideberth.commands.parsing import TRUST, Parser, own_modules, prepared
 from wideberth.runs import Run
 from wideberth.training.catalogue import MODULES
 from wideberth.training.train import train
+from wideberth.trust import check_configuration
+
+PASSING = ("config", "resume", "overwrite", "trust")
+"""Options that say what to do this time, and are no part of the configuration of a run."""
 
 for module in dict.fromkeys(MODULES.values()):
     import_module(module)  # so that their classes can be named without a path
@@ -27,19 +32,38 @@ def parser() -> Parser:
     made.add_argument("--config", action="config", help="a YAML file, or the name of a shipped recipe")
     made.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     made.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    made.add_function_arguments(train, skip={"config", "resume", "overwrite"}, as_positional=False)
+    made.add_argument("--trust", action="store_true", help=TRUST)
+    made.add_function_arguments(train, skip=set(PASSING), as_positional=False)
     return made
+
+
+def parse(words: Sequence[str]) -> tuple[Parser, Namespace]:
+    """The parser and what it makes of the words; configuration files are checked before anything they name is imported.
+
+    Raises:
+        NotTrusted: a file names what is not ours, and the words do not say `--trust`.
+        InputError: for anything else that cannot be used.
+    """
+    made = parser()
+    if "--trust" not in words:
+        made.check = lambda held, file: check_configuration(held, get_type_hints(train), file)
+    own_modules(words)
+    config = made.parse_args(prepared(words))
+    if made.files < sum(word.partition("=")[0] == "--config" for word in words):
+        raise RuntimeError("a configuration file was read without being checked: jsonargparse has changed")
+    return made, config
 
 
 def train_from(words: Sequence[str]) -> Run:
     """Train by command-line words; the same path for a person, a recipe and the quickstart."""
-    made = parser()
-    config = made.parse_args(prepared(words))
+    made, config = parse(words)
     torch.manual_seed(config.seed)  # the weights are drawn when the model is made
     ready = made.instantiate(config)
-    arguments: dict[str, Any] = {name: ready[name] for name in vars(ready) if "." not in name and name != "config"}
+    arguments: dict[str, Any] = {
+        name: ready[name] for name in vars(ready) if "." not in name and name not in ("config", "trust")
+    }
     record = yaml.safe_load(made.dump(config, skip_none=False))
-    for passing in ("config", "resume", "overwrite"):
+    for passing in PASSING:
         record.pop(passing, None)
     return train(**arguments, config=record)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from wideberth.checks import InputError
 from wideberth.commands.evaluate import subject
@@ -19,9 +18,10 @@ def run(
     data: Data | None = None,
     model: str | None = None,
     weights: str | None = None,
-    architecture: dict[str, Any] | None = None,
+    architecture: str | None = None,
     batch_size: int = 256,
     evaluation: str | None = None,
+    trust: bool = False,
 ) -> int:
     """Check every adversarial point of an evaluation again, in seconds and without a search.
 
@@ -32,15 +32,16 @@ def run(
         data: the data set that was evaluated (default: what the run was trained on).
         model: what was evaluated, where RECORD is not the run itself: as MODEL of `wideberth evaluate`.
         weights: a file of weights for a model named by its architecture.
-        architecture: class_path and init_args, for a .safetensors file on its own.
+        architecture: a YAML file (or YAML) with class_path and init_args, for a .safetensors file on its own.
         batch_size: points at a time.
         evaluation: the name of the evaluation to check (default: the newest).
+        trust: let the run's config.yaml, and the architecture, name any class and run its code.
     """
     found = Evaluation.load(record if evaluation is None else Path(record) / EVALUATIONS / evaluation)
     if model is None and not (Path(record).is_dir() and Run(record).finished):
         # What a record names as its model is not looked up: it may be code.
         raise InputError(f"--model: needed, since {record!r} is not a run that holds its weights")
-    network, source = subject(model or record, data, weights, architecture)
+    network, source = subject(model or record, data, weights, architecture, trust)
     verification = found.verify(network, source, batch_size)
     print(verification)
     return 1 if verification.disagreements else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
+from pickle import PickleError
 from typing import Any, ClassVar
 
 import torch
@@ -55,7 +56,7 @@ class _Torchvision(Data):
         try:
             x, y = self._open(train)
         # Failed downloads and broken files surface as any of these: torchvision has no error of its own.
-        except (OSError, RuntimeError, ValueError, TypeError, EOFError, AssertionError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, EOFError, AssertionError, PickleError) as error:
             doing = "download" if self._missing() else "read"
             raise InputError(f"root={str(self._root)!r}: cannot {doing} {name} there: {one_line(error)}") from error
         return InMemory(x, y, classes=self.classes, names=(f"{name} images", f"{name} labels"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -41,6 +41,7 @@ class HuggingFace(Data):
     """
 
     _by_class = True
+    needs_trust: ClassVar[str] = "datasets may run scripts of a data set, and unpickle"
 
     def __init__(
         self,

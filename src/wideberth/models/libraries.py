@@ -179,7 +179,14 @@ def _statistics(
     return mean, std
 
 
+_WEIGHTS = ("weights", "pretrained", "checkpoint_path")
+"""Options by which the libraries download weights or unpickle a file of them."""
+
+
 def _arguments(classes: int | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    for name in options or {}:
+        if name in _WEIGHTS:
+            raise InputError(f"options: {name}: weights are loaded afterwards, from a file that holds tensors alone")
     return {**({} if classes is None else {"num_classes": classes}), **(options or {})}
 
 

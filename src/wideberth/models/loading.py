@@ -1,4 +1,7 @@
-"""Models from a word on the command line, weights to and from files; nothing is unpickled and nothing downloaded."""
+"""Models from a word on the command line or from a file, weights to and from files.
+
+Nothing is unpickled and nothing downloaded; what a file names is checked first (`wideberth.trust`).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from wideberth.checks import InputError, one_line
 from wideberth.configuration import construct, import_object, parse_call
 from wideberth.models.libraries import LibraryModel, Timm, Torchvision
 from wideberth.runs import Run, write_atomically
+from wideberth.trust import NotTrusted, check
 
 FORMS = (
     "accepted are a run directory, a .safetensors file, timm/NAME, torchvision/NAME, "
@@ -68,15 +72,28 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def build(spec: Mapping[str, Any]) -> nn.Module:
+def build(spec: Mapping[str, Any], *, trust: bool = False) -> nn.Module:
     """The model that a configuration names: {"class_path": import path, "init_args": {name: value}}.
 
     A bare class path is a name of `wideberth.models`. An argument of the same form is built too, so that a model may
     hold another; or, where a function is wanted (`head`, `activation`), it becomes what builds it.
 
+    Args:
+        spec: the configuration.
+        trust: whether it may name any class, yours among them, whose code then runs; else only those of wideberth,
+            torch.nn, torchvision and timm.
+
     Raises:
+        NotTrusted: it names anything else, and `trust` is False; nothing was imported.
         InputError: when the form is wrong, the class unknown, an argument wrong, or the result not an `nn.Module`.
     """
+    return _build(spec, trust, "model")
+
+
+def _build(spec: Mapping[str, Any], trust: bool, where: str) -> nn.Module:
+    """`build`, with the file that holds the configuration for its messages."""
+    if not trust:
+        check(spec, nn.Module, where, "model")
     return _model(_construct(spec), str(spec["class_path"]))
 
 
@@ -86,6 +103,7 @@ def load_model(
     weights: str | None = None,
     architecture: Mapping[str, Any] | None = None,
     classes: int | None = None,
+    trust: bool = False,
 ) -> nn.Module:
     """The model that `spec` names, on the CPU and in eval mode.
 
@@ -98,8 +116,12 @@ def load_model(
             weights, or what the user's factory put there. For a run, used instead of its model.safetensors.
         architecture: for a file of weights, the model as `build` takes it; by default from the config.yaml beside it.
         classes: number of classes of a timm or torchvision network; the other forms say it themselves.
+        trust: whether the config.yaml of a run, or the architecture, may name any class, yours among them, whose code
+            then runs; else only those of wideberth, torch.nn, torchvision and timm. An import path in `spec` is never
+            questioned.
 
     Raises:
+        NotTrusted: a file names anything else, and `trust` is False; nothing was imported.
         InputError: one line that says what is wrong and, where `spec` names no model, which forms are accepted.
     """
     path = Path(spec)
@@ -108,15 +130,21 @@ def load_model(
         raise InputError(f"model {spec!r}: architecture belongs to a file of weights only; {FORMS}")
     try:
         if path.is_dir():
-            model = build(_architecture(path))
+            model = _build(_architecture(path), trust, str(path / "config.yaml"))
             weights = weights or _final_weights(path)
         elif is_file:
             if weights is not None:
                 raise InputError(f"is a file of weights itself: weights={weights!r} is one too many")
-            model = build(architecture or _architecture_beside(path))
+            if architecture is not None:
+                model = _build(architecture, trust, "architecture")
+            else:
+                beside = _directory_of(path)
+                model = _build(_architecture(beside), trust, str(beside / "config.yaml"))
             weights = spec
         else:
             model = _by_name(spec, classes)
+    except NotTrusted:  # which says where, and is long enough
+        raise
     except InputError as error:
         raise InputError(f"model {spec!r}: {error}; {FORMS}") from error
     if weights is not None:
@@ -193,14 +221,15 @@ def _architecture(directory: Path) -> Mapping[str, Any]:
     return model
 
 
-def _architecture_beside(file: Path) -> Mapping[str, Any]:
+def _directory_of(file: Path) -> Path:
+    """The directory of the configuration that belongs to a file of weights."""
     if not file.is_file():
         raise InputError("no such file")
     # The checkpoints of a run lie one folder below its configuration.
     directory = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     if not (directory / "config.yaml").is_file():
         raise InputError("needs an architecture (class_path, init_args), or a config.yaml beside it")
-    return _architecture(directory)
+    return directory
 
 
 def _final_weights(directory: Path) -> str:
