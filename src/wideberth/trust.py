@@ -40,7 +40,7 @@ PACKAGES = (
 """Both the import path of a class and the module that defines it must lie in one of these."""
 FUNCTIONS = ("wideberth.losses", "torch.nn.functional")
 """Modules whose functions may be named where something is to be called: they compute and do nothing else."""
-FACTORIES = ("wideberth.training.module.sgd",)
+FACTORIES = ("wideberth.training.policies.sgd",)
 """Functions of other modules that may be named there too."""
 LARGEST = 100_000
 """How many values a configuration may have, those behind YAML's aliases counted each time."""

@@ -134,7 +134,7 @@ TAKEN: dict[str, Any] = {
         [{"class_path": "EffectiveMargin", "init_args": {"weight": "1/128"}}],
     ],
     "optimizer": [
-        "wideberth.training.module.sgd",
+        "wideberth.training.policies.sgd",
         "torch.optim.Adam",
         "Adam",
         {"class_path": "torch.optim.sgd.SGD", "init_args": {"lr": 0.1}},
@@ -188,7 +188,7 @@ WRONG: dict[str, list[Any]] = {
     "optimizer": [
         "wideberth.models.build",
         "torch.nn.functional.importlib.import_module",
-        {"class_path": "wideberth.training.module.sgd", "init_args": {}},
+        {"class_path": "wideberth.training.policies.sgd", "init_args": {}},
         {
             "class_path": "torch.distributed.optim.ZeroRedundancyOptimizer",
             "init_args": {"optimizer_class": "evil.Make"},

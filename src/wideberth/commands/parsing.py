@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module, invalidate_caches
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -201,9 +200,6 @@ def parse(command: str, function: Callable[..., Any], words: Sequence[str], many
     if many:
         parser.add_argument(many, nargs="+")
         skipped.add(many)
-    if "trust" in signature(function).parameters:
-        parser.add_argument("--trust", action="store_true", help=TRUST)
-        skipped.add("trust")
     parser.add_function_arguments(function, skip=skipped, as_positional=True)
     own_modules(words)
     ready: Namespace = parser.instantiate(parser.parse_args(prepared(with_flags(words, function))))
