@@ -11,6 +11,7 @@ extremes.npz          the training samples with the smallest and the largest rad
 evaluations/NAME/     one folder for each evaluation; NAME tells norm, eps, suite and number of samples
   evaluation.json     accuracies, intervals, protocol
   evaluation.parquet  one row per evaluated sample
+  adversarial.safetensors  the adversarial points, where they are kept
 report.html           what people read
 
 Version 0.1 kept one evaluation, in the run directory itself. It is read as the oldest one.
