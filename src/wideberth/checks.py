@@ -18,8 +18,12 @@ class InputError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as "Kind: message", on one line and short enough for a terminal: at most 200 characters."""
+    """An exception as "Kind: message", on one line and short enough for a terminal: at most 200 characters.
+
+    Control characters, which a damaged file may bring in, are replaced.
+    """
     text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    text = "".join(character if character.isprintable() else chr(0xFFFD) for character in text)
     return text if len(text) <= 200 else text[:197] + "..."
 
 

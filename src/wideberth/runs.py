@@ -155,8 +155,8 @@ class Run:
         file = self.path / "config.yaml"
         if not file.is_file():
             raise InputError(f"run {str(self.path)!r}: holds no config.yaml, so it is not a run directory")
-        loaded = yaml.safe_load(file.read_text())
-        return loaded if isinstance(loaded, dict) else {}
+        with reading(file):
+            return _mapping(yaml.safe_load(file.read_text()))
 
     @property
     def finished(self) -> bool:
@@ -172,14 +172,16 @@ class Run:
     @property
     def export(self) -> dict[str, Any] | None:
         """Of the exported weights: `epoch` (0-based), `keep` ("last" or "best"), `ended` (why early, or None)."""
-        file = self.path / "export.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return self._json("export")
 
     @property
     def metrics(self) -> pd.DataFrame | None:
         """One row per epoch."""
         file = self.path / "metrics.csv"
-        return pd.read_csv(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        with reading(file):
+            return pd.read_csv(file)
 
     @property
     def samples(self) -> pd.DataFrame | None:
@@ -197,7 +199,7 @@ class Run:
         file = self.path / "extremes.npz"
         if not file.is_file():
             return None
-        with np.load(file, allow_pickle=False) as arrays:
+        with reading(file), np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
 
     @property
@@ -238,7 +240,10 @@ class Run:
 
     def _table(self, stem: str) -> pd.DataFrame | None:
         file = self.path / f"{stem}.parquet"
-        return pd.read_parquet(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        with reading(file):
+            return pd.read_parquet(file)
 
 
 def _mapping(loaded: object) -> dict[str, Any]:

@@ -195,4 +195,7 @@ def test_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "- 1\n- 2\n", "word"])
 def test_a_configuration_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    assert Run(tmp_path).config == {}
+    with pytest.raises(
+        wb.InputError, match=r"config.yaml': cannot be read \(TypeError: must hold names and their values"
+    ):
+        _ = Run(tmp_path).config

@@ -8,16 +8,18 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, TypeAlias
 
+import lightning as L
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
 from wideberth.checks import InputError
 from wideberth.data import Split
 from wideberth.models import save_weights
-from wideberth.runs import Run, write_atomically
+from wideberth.runs import Run, reading, write_atomically
 from wideberth.training.module import RobustTraining
-from wideberth.training.recorder import training_radii
+from wideberth.training.recorder import history, training_radii
 
 Keep: TypeAlias = Literal["last", "best"]
 """Which checkpoint's weights a run exports."""
@@ -40,14 +42,17 @@ FREE = ("out", "epochs", "workers", "probe", "progress", "trainer")
 
 
 def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the run directory, or refuse one that would be overwritten or cannot be resumed (`InputError`)."""
+    """Make the run directory, or refuse one that would be overwritten or cannot be resumed (`InputError`).
+
+    Nothing in it is changed yet: see `FirstEpoch`.
+    """
     run = Run(out) if out.is_dir() else None
     if resume and (run is None or run.checkpoint is None):
         raise InputError(
             f"out={str(out)!r} with resume: holds no checkpoints/last.ckpt to resume from; train without it"
         )
     if run is not None and not resume:
-        began = run.finished or run.checkpoint is not None
+        began = _began(run)
         if began and not overwrite:
             state = "a finished run" if run.finished else "an unfinished run"
             raise InputError(f"out={str(out)!r}: holds {state}; use --overwrite to replace it or --resume to continue")
@@ -55,7 +60,6 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
         foreign = any(not file.name.startswith(".") for file in out.iterdir())
         if not began and foreign and not (out / "config.yaml").is_file():
             raise InputError(f"out={str(out)!r}: holds files that are not a run's; choose an empty directory")
-        discard(out, RECORDS)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,11 +85,22 @@ def difference(then: Any, now: Any, name: str) -> str:
     return f"{name} was {was}, and is now {is_now}"
 
 
-def last_checkpoint(out: Path, module: RobustTraining, epochs: int) -> tuple[str, int]:
-    """The checkpoint to resume from and the epochs behind it, or a refusal of one that does not fit (`InputError`)."""
-    checkpoint = str(Run(out).checkpoint)
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+def last_checkpoint(out: Path, module: RobustTraining, epochs: int, keep: Keep) -> tuple[str, int]:
+    """The checkpoint to resume from and the epochs behind it, after everything that a resumed run needs was read.
+
+    Changes nothing in the directory.
+
+    Raises:
+        InputError: naming the file that cannot be read, or where the checkpoint does not fit.
+    """
+    run = Run(out)
+    checkpoint = out / "checkpoints" / "last.ckpt"
+    saved = load_checkpoint(checkpoint)
     done = saved["epoch"] + 1
+    history(run, done)
+    _ = run.export  # says later whether the records about the weights still hold
+    if keep == "best" and (best := checkpoint.with_name("best.ckpt")).is_file():
+        load_checkpoint(best)
     if done > epochs:
         raise InputError(f"epochs={epochs}: {done} are done in {str(out)!r}; resume with at least as many")
     try:
@@ -93,9 +108,70 @@ def last_checkpoint(out: Path, module: RobustTraining, epochs: int) -> tuple[str
     except RuntimeError as error:
         reason = shorten(str(error), 240, placeholder=" ...")
         raise InputError(f"out={str(out)!r} with resume: does not fit this model and data: {reason}") from None
-    if done < epochs:  # the weights will move on: no verdict on the old ones may stand beside the new
-        discard(out, ABOUT_THE_WEIGHTS)
-    return checkpoint, done
+    return str(checkpoint), done
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint of a run, on the CPU and without unpickling objects.
+
+    Raises:
+        InputError: where it is missing, cannot be read, or is no checkpoint of a run.
+    """
+    with reading(file):
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(saved.get("epoch"), int) or not isinstance(saved.get("state_dict"), dict):
+            raise TypeError("holds no epoch and weights")
+        return dict(saved)
+
+
+class FirstEpoch(L.Callback):
+    """Lets what an earlier run left in the directory give way to a new one, or to a run resumed, as late as it can.
+
+    A new run replaces an earlier one (`overwrite`) when its first epoch has ended, before anything of it is recorded.
+    A resumed run leaves every file as it is until its first new epoch has ended, and then removes what says something
+    about the old weights when the new checkpoint is in place. So what is interrupted or fails before leaves the
+    earlier run as it was.
+
+    Args:
+        out: the run directory.
+        record: what goes into config.yaml.
+        resumed: whether the run goes on from a checkpoint.
+
+    Attributes:
+        over: whether an epoch has ended since training started.
+    """
+
+    def __init__(self, out: Path, record: dict[str, Any], *, resumed: bool) -> None:
+        self.out, self.record, self.resumed = out, record, resumed
+        self.over = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what is being trained, where there is no earlier run to keep."""
+        if trainer.is_global_zero and not self.resumed and not _began(Run(self.out)):
+            discard(self.out, RECORDS)  # of a run that was interrupted before its first checkpoint
+            self.write_config()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the directory over, once."""
+        if trainer.is_global_zero and not self.over:
+            if not self.resumed:
+                discard(self.out, RECORDS)
+            self.write_config()
+        self.over = True
+
+    def saved(self) -> None:
+        """A checkpoint is in place: the weights have moved on from those that the run had when it was resumed."""
+        if self.resumed:
+            discard(self.out, ABOUT_THE_WEIGHTS)
+
+    def write_config(self) -> None:
+        """Write config.yaml."""
+        text = yaml.safe_dump(self.record, sort_keys=False)
+        write_atomically(self.out / "config.yaml", lambda file: file.write_text(text))
+
+
+def _began(run: Run) -> bool:
+    return run.finished or run.checkpoint is not None
 
 
 def discard(out: Path, files: tuple[str, ...]) -> None:
@@ -112,13 +188,19 @@ def kept_epoch(out: Path, module: RobustTraining, keep: Keep) -> int:
     file = out / "checkpoints" / f"{keep}.ckpt"
     if not file.is_file():  # no epoch was validated
         file = out / "checkpoints" / "last.ckpt"
-    saved = torch.load(file, map_location="cpu", weights_only=True)
+    saved = load_checkpoint(file)
     module.load_state_dict(saved["state_dict"])
     return int(saved["epoch"])
 
 
 def export(out: Path, module: RobustTraining, split: Split, said: dict[str, Any]) -> None:
-    """Write the weights, what is `said` of them, the per-sample table and the samples at both ends of the radii."""
+    """Write the weights, what is `said` of them, the per-sample table and the samples at both ends of the radii.
+
+    What stands in the directory about the weights of another epoch is removed first.
+    """
+    known = Run(out).export
+    if known is None or known.get("epoch") != said["epoch"]:
+        discard(out, ABOUT_THE_WEIGHTS)
     samples = pd.DataFrame({"index": split.rows.numpy(), "label": split.labels.numpy()})
     radii = training_radii(module)
     if len(radii):

@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 import lightning as L
 import torch
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from torch import Tensor, nn
@@ -25,9 +24,17 @@ from wideberth.checks import InputError
 from wideberth.data import Data, Split, loader
 from wideberth.modes import lent
 from wideberth.randomness import own_generators
-from wideberth.runs import Run, write_atomically
+from wideberth.runs import Run
 from wideberth.training.averaging import Averaging
-from wideberth.training.directory import Keep, claim, export, kept_epoch, last_checkpoint, same_experiment
+from wideberth.training.directory import (
+    FirstEpoch,
+    Keep,
+    claim,
+    export,
+    kept_epoch,
+    last_checkpoint,
+    same_experiment,
+)
 from wideberth.training.module import RobustTraining
 from wideberth.training.perturbation import check_perturbation
 from wideberth.training.policies import Optimization, Policies
@@ -119,7 +126,8 @@ class TrainingJob:
         """Check everything, train, and export.
 
         Raises:
-            InputError: for parts that do not fit together, and when the run directory holds a finished run.
+            InputError: for parts that do not fit together, when the run directory holds a run, and on `resume` for a
+                file of it that cannot be read.
             Diverged: when the loss is no longer finite.
         """
         plan, out = self.plan, self.outputs.out
@@ -131,42 +139,41 @@ class TrainingJob:
         module = RobustTraining(self.model, split.source_size, self.policies, self.optimization, plan.seed)
         module.rows = split.rows
         check_guard(plan.guard, module)
-        keeper = KeepLast(out, plan.patience, plan.guard)
-        trainer = self._trainer(keeper, _probe(held_out or split, self.outputs.probe))
+        first = FirstEpoch(out, self.outputs.record, resumed=self.outputs.resume)
+        keeper = KeepLast(out, plan.patience, plan.guard, first.saved)
+        trainer = self._trainer(first, keeper, _probe(held_out or split, self.outputs.probe))
         check_perturbation(self.policies.perturbation, self.model, trainer.precision)
         checkpoint, done = self._claim_directory(module)
         self._fit(trainer, module, split, held_out, (checkpoint, done))
-        if Run(out).checkpoint is not None:  # some processes may be on machines that do not see the run directory
+        # Some processes may be on machines that do not see the run directory.
+        if (self.outputs.resume or first.over) and Run(out).checkpoint is not None:
             summary = {"epoch": kept_epoch(out, module, plan.keep), "keep": plan.keep, "ended": keeper.ended}
             if trainer.is_global_zero:
+                first.write_config()
                 export(out, module, split, summary)
         if trainer.is_global_zero and keeper.ended is not None:
             log.warning(keeper.ended)
         return Run(out)
 
-    def _trainer(self, keeper: KeepLast, probe: tuple[Tensor, Tensor] | None) -> L.Trainer:
+    def _trainer(self, first: FirstEpoch, keeper: KeepLast, probe: tuple[Tensor, Tensor] | None) -> L.Trainer:
         plan, progress = self.plan, self.outputs.progress
         terminal = progress and sys.stderr.isatty()
         recorder = Recorder(self.outputs.out, probe, echo=progress and not terminal)
-        callbacks: list[Callback] = [c for c in (plan.averaging, plan.guard, recorder, keeper) if c is not None]
+        policies = [callback for callback in (plan.averaging, plan.guard) if callback is not None]
+        callbacks: list[Callback] = [*policies, first, recorder, keeper]
         if terminal:
             callbacks.append(RichProgressBar())
         with quiet():
             return _lightning_trainer(callbacks, plan.epochs, terminal, self.execution.trainer)
 
     def _claim_directory(self, module: RobustTraining) -> tuple[str | None, int]:
-        """Take the run directory; gives the checkpoint to resume from, if any, and the number of epochs done.
-
-        Last of all that may refuse: from here on, `overwrite` has removed the run before.
-        """
+        """Check the run directory, changing nothing; gives the checkpoint to resume from, if any, and the epochs done."""
         outputs, out = self.outputs, self.outputs.out
         claim(out, resume=outputs.resume, overwrite=outputs.overwrite)
         if outputs.resume:
             same_experiment(out, outputs.record)
-        checkpoint, done = last_checkpoint(out, module, self.plan.epochs) if outputs.resume else (None, 0)
-        text = yaml.safe_dump(outputs.record, sort_keys=False)
-        write_atomically(out / "config.yaml", lambda file: file.write_text(text) and None)
-        return checkpoint, done
+            return last_checkpoint(out, module, self.plan.epochs, self.plan.keep)
+        return None, 0
 
     def _fit(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from wideberth import margins
-from wideberth.runs import Run, write_atomically
+from wideberth.runs import Run, reading, write_atomically
 from wideberth.training.module import RobustTraining
 from wideberth.training.stopping import OverfittingGuard
 
@@ -46,14 +47,8 @@ class Recorder(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the records of the epochs that a resumed run has behind it (its epoch is known from here on)."""
-        known = Run(self.out) if self.out.is_dir() else None
-        metrics = known.metrics if known else None
-        radii = known.radii if known else None
-        if metrics is not None:
-            before = metrics[metrics["epoch"] < trainer.current_epoch]
-            self._rows = [{str(k): v for k, v in row.items()} for row in before.to_dict("records")]
-        if radii is not None:
-            self._radii = [radii[radii["epoch"] < trainer.current_epoch]]
+        if trainer.current_epoch and self.out.is_dir():  # not those of a run that is being replaced
+            self._rows, self._radii = history(Run(self.out), trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -106,6 +101,24 @@ class Recorder(L.Callback):
         return {"effective_margin": float(margin.median()), "effective_weight_norm": float(weight.median())}
 
 
+def history(run: Run, epochs: int) -> tuple[list[dict[str, Any]], list[pd.DataFrame]]:
+    """What is recorded of the first `epochs`: the rows of metrics.csv, and radii.parquet in a list (empty: none).
+
+    Raises:
+        InputError: where a file cannot be read, or does not say of which epochs it tells.
+    """
+    rows: list[dict[str, Any]] = []
+    radii: list[pd.DataFrame] = []
+    if (metrics := run.metrics) is not None:
+        with reading(run.path / "metrics.csv"):
+            before = metrics[metrics["epoch"] < epochs]
+            rows = [{str(k): v for k, v in row.items()} for row in before.to_dict("records")]
+    if (table := run.radii) is not None:
+        with reading(run.path / "radii.parquet"):
+            radii = [table[table["epoch"] < epochs]]
+    return rows, radii
+
+
 def training_radii(module: RobustTraining) -> np.ndarray[Any, Any]:
     """The learned radii of the rows that are trained on, (n,); empty where the policy remembers none."""
     if not len(module.radius.radii):
@@ -150,14 +163,21 @@ class KeepLast(Checkpoint):
         out: the run directory.
         patience: epochs without a new best after which training stops; None: it goes on.
         guard: where it has found a breakdown, that epoch is not saved.
+        saved: called in the first process when last.ckpt is in place.
 
     Attributes:
         ended: why training stopped before its last epoch; None where it did not.
     """
 
-    def __init__(self, out: Path, patience: int | None = None, guard: OverfittingGuard | None = None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        patience: int | None = None,
+        guard: OverfittingGuard | None = None,
+        saved: Callable[[], None] | None = None,
+    ) -> None:
         self.folder = out / "checkpoints"
-        self.patience, self.guard = patience, guard
+        self.patience, self.guard, self.saved = patience, guard, saved
         self.best, self.best_epoch = float("-inf"), -1
         self.ended: str | None = None
 
@@ -190,6 +210,8 @@ class KeepLast(Checkpoint):
                 fresh.replace(last)
                 if better:
                     write_atomically(self.folder / "best.ckpt", lambda file: shutil.copyfile(last, file))
+                if self.saved is not None:
+                    self.saved()
         except OSError as error:  # say where, not in which temporary file
             raise OSError(error.errno, error.strerror, str(last)) from error
         finally:

@@ -88,7 +88,7 @@ def train(
         channels_last: memory format of images and convolutions; often faster.
         progress: show a progress bar (or, without a terminal, a line per epoch).
         resume: continue the run in `out` from its last checkpoint.
-        overwrite: replace a finished run in `out`.
+        overwrite: replace the run in `out`, when the first epoch of the new one has ended.
         trainer: any further options of `lightning.Trainer` (devices, precision, gradient_clip_val, logger, ...).
         config: the contents of config.yaml (default: derived from the arguments).
 
@@ -96,7 +96,8 @@ def train(
         The run.
 
     Raises:
-        InputError: for arguments that cannot be used or combined, and when `out` holds a finished run.
+        InputError: for arguments that cannot be used or combined, when `out` holds a run, and on `resume` for a file
+            of it that cannot be read.
         Diverged: when the loss is no longer finite; the last good checkpoint is kept.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("config", "resume", "overwrite")}
