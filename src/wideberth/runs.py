@@ -172,7 +172,11 @@ class Run:
     @property
     def export(self) -> dict[str, Any] | None:
         """Of the exported weights: `epoch` (0-based), `keep` ("last" or "best"), `ended` (why early, or None)."""
-        return self._json("export")
+        file = self.path / "export.json"
+        if not file.is_file():
+            return None
+        with reading(file):
+            return _mapping(json.loads(file.read_text()))
 
     @property
     def metrics(self) -> pd.DataFrame | None:

@@ -6,23 +6,20 @@ import json
 import shutil
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import lightning as L
 import numpy as np
 import pandas as pd
-import torch
 import yaml
 
 from wideberth.checks import InputError
 from wideberth.data import Split
 from wideberth.models import save_weights
-from wideberth.runs import Run, reading, write_atomically
+from wideberth.runs import Run, write_atomically
+from wideberth.training.checkpoints import Keep, Saved, check_best, load, newest
 from wideberth.training.module import RobustTraining
-from wideberth.training.recorder import history, training_radii
-
-Keep: TypeAlias = Literal["last", "best"]
-"""Which checkpoint's weights a run exports."""
+from wideberth.training.recorder import KeepLast, history, training_radii
 
 # What says something about the weights of a run, and must not outlive them.
 ABOUT_THE_WEIGHTS = (
@@ -85,8 +82,8 @@ def difference(then: Any, now: Any, name: str) -> str:
     return f"{name} was {was}, and is now {is_now}"
 
 
-def last_checkpoint(out: Path, module: RobustTraining, epochs: int, keep: Keep) -> tuple[str, int]:
-    """The checkpoint to resume from and the epochs behind it, after everything that a resumed run needs was read.
+def resumed_from(out: Path, module: RobustTraining, epochs: int, keep: Keep) -> tuple[Saved, str | None]:
+    """The checkpoint to resume from, after everything that a resumed run needs was read, and what to say of it.
 
     Changes nothing in the directory.
 
@@ -94,34 +91,18 @@ def last_checkpoint(out: Path, module: RobustTraining, epochs: int, keep: Keep) 
         InputError: naming the file that cannot be read, or where the checkpoint does not fit.
     """
     run = Run(out)
-    checkpoint = out / "checkpoints" / "last.ckpt"
-    saved = load_checkpoint(checkpoint)
-    done = saved["epoch"] + 1
+    saved, note = newest(out / "checkpoints", keep)
+    done = saved.epoch + 1
     history(run, done)
     _ = run.export  # says later whether the records about the weights still hold
-    if keep == "best" and (best := checkpoint.with_name("best.ckpt")).is_file():
-        load_checkpoint(best)
     if done > epochs:
         raise InputError(f"epochs={epochs}: {done} are done in {str(out)!r}; resume with at least as many")
     try:
-        module.load_state_dict(saved["state_dict"])
+        module.load_state_dict(saved.state)
     except RuntimeError as error:
         reason = shorten(str(error), 240, placeholder=" ...")
         raise InputError(f"out={str(out)!r} with resume: does not fit this model and data: {reason}") from None
-    return str(checkpoint), done
-
-
-def load_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint of a run, on the CPU and without unpickling objects.
-
-    Raises:
-        InputError: where it is missing, cannot be read, or is no checkpoint of a run.
-    """
-    with reading(file):
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(saved.get("epoch"), int) or not isinstance(saved.get("state_dict"), dict):
-            raise TypeError("holds no epoch and weights")
-        return dict(saved)
+    return saved, note
 
 
 class FirstEpoch(L.Callback):
@@ -183,14 +164,18 @@ def discard(out: Path, files: tuple[str, ...]) -> None:
             (out / file).unlink(missing_ok=True)
 
 
-def kept_epoch(out: Path, module: RobustTraining, keep: Keep) -> int:
-    """Load what the run is to export, weights and radii, into `module`; returns its epoch (0-based)."""
-    file = out / "checkpoints" / f"{keep}.ckpt"
-    if not file.is_file():  # no epoch was validated
-        file = out / "checkpoints" / "last.ckpt"
-    saved = load_checkpoint(file)
-    module.load_state_dict(saved["state_dict"])
-    return int(saved["epoch"])
+def kept_epoch(keeper: KeepLast, module: RobustTraining, keep: Keep) -> int:
+    """Load what the run is to export, weights and radii, into `module`; returns its epoch (0-based).
+
+    Raises:
+        InputError: naming the checkpoint that is missing, cannot be read, or is not of the best epoch.
+    """
+    validated = keeper.best_epoch >= 0
+    saved = load(keeper.folder / "best.ckpt" if keep == "best" and validated else keeper.newest)
+    if keep == "best":
+        check_best(saved, keeper.best_epoch)
+    module.load_state_dict(saved.state)
+    return saved.epoch
 
 
 def export(out: Path, module: RobustTraining, split: Split, said: dict[str, Any]) -> None:

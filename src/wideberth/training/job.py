@@ -26,15 +26,8 @@ from wideberth.modes import lent
 from wideberth.randomness import own_generators
 from wideberth.runs import Run
 from wideberth.training.averaging import Averaging
-from wideberth.training.directory import (
-    FirstEpoch,
-    Keep,
-    claim,
-    export,
-    kept_epoch,
-    last_checkpoint,
-    same_experiment,
-)
+from wideberth.training.checkpoints import Keep
+from wideberth.training.directory import FirstEpoch, claim, export, kept_epoch, resumed_from, same_experiment
 from wideberth.training.module import RobustTraining
 from wideberth.training.perturbation import check_perturbation
 from wideberth.training.policies import Optimization, Policies
@@ -143,13 +136,17 @@ class TrainingJob:
         keeper = KeepLast(out, plan.patience, plan.guard, first.saved)
         trainer = self._trainer(first, keeper, _probe(held_out or split, self.outputs.probe))
         check_perturbation(self.policies.perturbation, self.model, trainer.precision)
-        checkpoint, done = self._claim_directory(module)
+        done, note = self._claim_directory(module, keeper)
+        if note is not None and trainer.is_global_zero:
+            log.warning(note)
+        checkpoint = str(keeper.newest) if self.outputs.resume else None
         self._fit(trainer, module, split, held_out, (checkpoint, done))
         # Some processes may be on machines that do not see the run directory.
         if (self.outputs.resume or first.over) and Run(out).checkpoint is not None:
-            summary = {"epoch": kept_epoch(out, module, plan.keep), "keep": plan.keep, "ended": keeper.ended}
+            summary = {"epoch": kept_epoch(keeper, module, plan.keep), "keep": plan.keep, "ended": keeper.ended}
             if trainer.is_global_zero:
                 first.write_config()
+                keeper.complete()
                 export(out, module, split, summary)
         if trainer.is_global_zero and keeper.ended is not None:
             log.warning(keeper.ended)
@@ -166,14 +163,16 @@ class TrainingJob:
         with quiet():
             return _lightning_trainer(callbacks, plan.epochs, terminal, self.execution.trainer)
 
-    def _claim_directory(self, module: RobustTraining) -> tuple[str | None, int]:
-        """Check the run directory, changing nothing; gives the checkpoint to resume from, if any, and the epochs done."""
+    def _claim_directory(self, module: RobustTraining, keeper: KeepLast) -> tuple[int, str | None]:
+        """Check the run directory, changing nothing, and load what is resumed; the number of epochs done, and a note."""
         outputs, out = self.outputs, self.outputs.out
         claim(out, resume=outputs.resume, overwrite=outputs.overwrite)
-        if outputs.resume:
-            same_experiment(out, outputs.record)
-            return last_checkpoint(out, module, self.plan.epochs, self.plan.keep)
-        return None, 0
+        if not outputs.resume:
+            return 0, None
+        same_experiment(out, outputs.record)
+        saved, note = resumed_from(out, module, self.plan.epochs, self.plan.keep)
+        keeper.newest = saved.file
+        return saved.epoch + 1, note
 
     def _fit(
         self,

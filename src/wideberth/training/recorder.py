@@ -157,7 +157,8 @@ def summary(row: dict[str, Any], epochs: int | None) -> str:
 class KeepLast(Checkpoint):
     """checkpoints/last.ckpt after every epoch, and best.ckpt by held-out accuracy (robust, if there is a radius).
 
-    Both are moved into place whole, so that a full disk or a crash leaves the previous one.
+    Both are moved into place whole, so that a full disk or a crash leaves the previous one; best.ckpt first, so that it
+    is there whenever last.ckpt says that its epoch was the best.
 
     Args:
         out: the run directory.
@@ -166,6 +167,7 @@ class KeepLast(Checkpoint):
         saved: called in the first process when last.ckpt is in place.
 
     Attributes:
+        newest: the checkpoint of the last epoch that was saved.
         ended: why training stopped before its last epoch; None where it did not.
     """
 
@@ -179,6 +181,7 @@ class KeepLast(Checkpoint):
         self.folder = out / "checkpoints"
         self.patience, self.guard, self.saved = patience, guard, saved
         self.best, self.best_epoch = float("-inf"), -1
+        self.newest = self.folder / "last.ckpt"
         self.ended: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,9 +210,9 @@ class KeepLast(Checkpoint):
         try:
             trainer.save_checkpoint(fresh, weights_only=False)
             if trainer.is_global_zero:
-                fresh.replace(last)
                 if better:
-                    write_atomically(self.folder / "best.ckpt", lambda file: shutil.copyfile(last, file))
+                    write_atomically(self.folder / "best.ckpt", lambda file: shutil.copyfile(fresh, file))
+                fresh.replace(last)
                 if self.saved is not None:
                     self.saved()
         except OSError as error:  # say where, not in which temporary file
@@ -217,8 +220,16 @@ class KeepLast(Checkpoint):
         finally:
             if trainer.is_global_zero:
                 fresh.unlink(missing_ok=True)
+        self.newest = last
         trainer.strategy.barrier()
         self._stop_if_stale(trainer, trainer.current_epoch)
+
+    def complete(self) -> None:
+        """Make last.ckpt the newest checkpoint, where a run was resumed from another and had no epoch left to train."""
+        last = self.folder / "last.ckpt"
+        if self.newest != last:
+            write_atomically(last, lambda file: shutil.copyfile(self.newest, file))
+            self.newest = last
 
     def _stop_if_stale(self, trainer: L.Trainer, epoch: int) -> None:
         stale = epoch - self.best_epoch

@@ -14,7 +14,7 @@ from wideberth.data import Augmentation, Data
 from wideberth.modes import Mode
 from wideberth.runs import Run
 from wideberth.training.averaging import Averaging
-from wideberth.training.directory import Keep
+from wideberth.training.checkpoints import Keep
 from wideberth.training.job import Execution, Outputs, Plan, TrainingJob
 from wideberth.training.objectives import Objective
 from wideberth.training.perturbation import AWP
