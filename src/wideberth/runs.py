@@ -2,7 +2,7 @@
 
 config.yaml           the resolved configuration
 metrics.csv           one row per epoch
-checkpoints/          last.ckpt (and best.ckpt where a held-out split is used)
+checkpoints/          last.ckpt, previous.ckpt of the epoch before, and best.ckpt where a held-out split is used
 model.safetensors     the weights, at the end
 export.json           of which epoch (0-based) they are, and why training ended early, if it did
 samples.parquet       one row per training sample: index, label, radius, ...
@@ -13,6 +13,10 @@ evaluations/NAME/     one folder for each evaluation; NAME tells norm, eps, suit
   evaluation.parquet  one row per evaluated sample
   adversarial.safetensors  the adversarial points, where they are kept
 report.html           what people read
+checksums.txt         of these files, here and in the folders (of safetensors within themselves): see `checksums`
+
+config.yaml has no checksum: it is meant to be read and may be edited. adversarial.safetensors has none either: every
+point of it is checked by `wideberth verify`, which names those that were altered.
 
 Version 0.1 kept one evaluation, in the run directory itself. It is read as the oldest one.
 """
@@ -33,6 +37,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 
+from wideberth import checksums
 from wideberth.checks import InputError, one_line
 
 EVALUATIONS = "evaluations"
@@ -54,10 +59,25 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_record(path: Path, write: Callable[[Path], object]) -> None:
+    """`write_atomically` a file of a run, with a checksum that `reading` holds it to."""
+
+    def noted(temporary: Path) -> None:
+        write(temporary)
+        checksums.note(path, checksums.digest(temporary))
+
+    write_atomically(path, noted)
+
+
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Make whatever a damaged file makes its reader raise one line that names the file (`InputError`)."""
+    """Check a file that is about to be read, and let whatever its reader raises be one line that names it.
+
+    Raises:
+        InputError: where the file is not as it was written, or an exception comes out of the block.
+    """
     try:
+        checksums.verified(file)
         yield
     except InputError:
         raise
@@ -121,6 +141,28 @@ def upgraded(samples: pd.DataFrame) -> pd.DataFrame:
     return samples.rename(columns={old: new for old, new in RENAMED.items() if new not in samples})
 
 
+def read_table(file: Path) -> pd.DataFrame:
+    """The table in a .csv or .parquet file (`InputError` where it is damaged)."""
+    with reading(file):
+        return pd.read_csv(file) if file.suffix == ".csv" else pd.read_parquet(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The names and values in a .json file (`InputError` where it is damaged)."""
+    with reading(file):
+        return _mapping(json.loads(file.read_text()))
+
+
+RECORDS = {
+    "export.json": "export",
+    "metrics.csv": "metrics",
+    "samples.parquet": "samples",
+    "radii.parquet": "radii",
+    "extremes.npz": "extremes",
+}
+"""The records that reports read, and the properties of `Run` that read them."""
+
+
 class Run:
     """The records of one run directory; each property reads its file, or returns None where there is none.
 
@@ -136,6 +178,7 @@ class Run:
     def __init__(self, path: str | Path, evaluation: str | None = None) -> None:
         self.path = Path(path)
         self._evaluation = evaluation
+        self._left_out: list[str] = []
         if not self.path.is_dir():
             raise InputError(f"run {str(path)!r}: no such directory")
         if evaluation is not None:
@@ -143,6 +186,23 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+    def leave_out_damaged(self) -> list[str]:
+        """From now on, take records that cannot be read as not there; returns a line about each, naming its file."""
+        told = []
+        for file, record in RECORDS.items():
+            try:
+                getattr(self, record)
+            except InputError as error:
+                told.append(str(error))
+                self._left_out.append(file)
+        for evaluation in self._evaluation_records():
+            try:
+                _ = evaluation.summary, evaluation.samples
+            except InputError as error:
+                told.append(str(error))
+                self._left_out.append(evaluation.name)
+        return told
 
     @property
     def name(self) -> str:
@@ -172,36 +232,27 @@ class Run:
     @property
     def export(self) -> dict[str, Any] | None:
         """Of the exported weights: `epoch` (0-based), `keep` ("last" or "best"), `ended` (why early, or None)."""
-        file = self.path / "export.json"
-        if not file.is_file():
-            return None
-        with reading(file):
-            return _mapping(json.loads(file.read_text()))
+        return self._json("export.json")
 
     @property
     def metrics(self) -> pd.DataFrame | None:
         """One row per epoch."""
-        file = self.path / "metrics.csv"
-        if not file.is_file():
-            return None
-        with reading(file):
-            return pd.read_csv(file)
+        return self._table("metrics.csv")
 
     @property
     def samples(self) -> pd.DataFrame | None:
         """One row per training sample."""
-        return self._table("samples")
+        return self._table("samples.parquet")
 
     @property
     def radii(self) -> pd.DataFrame | None:
         """Histogram of the radii per epoch: epoch, low, high, count."""
-        return self._table("radii")
+        return self._table("radii.parquet")
 
     @property
     def extremes(self) -> dict[str, np.ndarray] | None:
         """Arrays {small, large}_{x, index, label, radius} of the training samples at both ends of the radii."""
-        file = self.path / "extremes.npz"
-        if not file.is_file():
+        if (file := self._file("extremes.npz")) is None:
             return None
         with reading(file), np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
@@ -209,10 +260,13 @@ class Run:
     @property
     def evaluations(self) -> list[EvaluationRecord]:
         """All evaluations of the run, oldest first."""
+        records = [record for record in self._evaluation_records() if record.name not in self._left_out]
+        return sorted(records, key=lambda record: (str(record.summary.get("saved", "")), record.name))
+
+    def _evaluation_records(self) -> list[EvaluationRecord]:
         old = [EvaluationRecord(self.path, "evaluation")] if (self.path / "evaluation.json").is_file() else []
         folders = [file.parent for file in (self.path / EVALUATIONS).glob("*/evaluation.json")]
-        records = [EvaluationRecord(folder, folder.name) for folder in folders if not folder.name.startswith(".")]
-        return old + sorted(records, key=lambda record: (str(record.summary.get("saved")), record.name))
+        return old + [EvaluationRecord(folder, folder.name) for folder in folders if not folder.name.startswith(".")]
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
@@ -242,12 +296,15 @@ class Run:
         names = ", ".join(record.name for record in records) or "none"
         raise InputError(f"evaluation={self._evaluation!r}: {str(self.path)!r} holds {names}")
 
-    def _table(self, stem: str) -> pd.DataFrame | None:
-        file = self.path / f"{stem}.parquet"
-        if not file.is_file():
-            return None
-        with reading(file):
-            return pd.read_parquet(file)
+    def _file(self, name: str) -> Path | None:
+        file = self.path / name
+        return file if file.is_file() and name not in self._left_out else None
+
+    def _table(self, name: str) -> pd.DataFrame | None:
+        return None if (file := self._file(name)) is None else read_table(file)
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        return None if (file := self._file(name)) is None else read_json(file)
 
 
 def _mapping(loaded: object) -> dict[str, Any]:

@@ -175,6 +175,20 @@ def test_the_state_of_another_evaluation_is_refused(tmp_path: Path) -> None:
         evaluate(Fragile(model, 99), (x, y), eps=EPS, suite=LINE_UP, margin=False, state=state)
 
 
+@pytest.mark.parametrize("place", [0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1])
+def test_a_damaged_state_is_not_gone_on_from(place: float, tmp_path: Path) -> None:
+    state = tmp_path / "evaluation.state"
+    model, x, y = problem()
+    with pytest.raises(Stopped):
+        evaluate(Fragile(model, 12), (x, y), eps=EPS, suite=LINE_UP, margin=False, state=state)
+    content = bytearray(state.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 0x01
+    state.write_bytes(content)
+    with pytest.raises(InputError, match=r"evaluation.state': cannot be read as a state to resume") as refusal:
+        evaluate(model, (x, y), eps=EPS, suite=LINE_UP, margin=False, state=state)
+    assert "\n" not in str(refusal.value)
+
+
 SHARE = """
 import json, sys
 sys.path.insert(0, sys.argv[1])

@@ -118,9 +118,7 @@ def test_killed_before_the_old_records_were_removed(judged: Path, monkeypatch: p
 def test_without_a_new_epoch_the_verdict_stays(judged: Path) -> None:
     before = contents(judged)
     train(judged, epochs=2, resume=True)
-    after = contents(judged)
-    assert before.pop("extremes.npz")[:2] == after.pop("extremes.npz")[:2] == b"PK"  # holds the time it was written
-    assert after == before
+    assert contents(judged) == before
 
 
 # ---- overwrite ------------------------------------------------------------------------------------------------------
@@ -139,7 +137,8 @@ def test_a_run_overwrites_all_of_another_when_its_first_epoch_has_ended(judged: 
     stop = {"callbacks": [Stop("on_train_batch_start", 1, KeyboardInterrupt())]}
     with pytest.raises(KeyboardInterrupt):
         fit(mlp(), tensors(), judged, overwrite=True, seed=1, epochs=2, trainer=stop)
-    assert set(contents(judged)) == {"config.yaml", "metrics.csv", "checkpoints/last.ckpt"}
+    checkpoint = {"checkpoints/last.ckpt", "checkpoints/checksums.txt"}
+    assert set(contents(judged)) == {"config.yaml", "metrics.csv", "checksums.txt"} | checkpoint
     run = wb.Run(judged)
     assert run.config["seed"] == 1
     assert run.metrics is not None

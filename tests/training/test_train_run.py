@@ -45,8 +45,11 @@ def test_what_is_there(finished: tuple[wb.Run, nn.Module, wb.data.Data]) -> None
         "extremes.npz",
         "model.safetensors",
         "export.json",
+        "checksums.txt",
         "checkpoints/last.ckpt",
+        "checkpoints/previous.ckpt",
         "checkpoints/best.ckpt",
+        "checkpoints/checksums.txt",
     }
     assert run.finished
     assert run.export == {"epoch": 2, "keep": "last", "ended": None}
@@ -443,7 +446,8 @@ def test_a_full_disk_at_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = wb.Run(out)
     assert run.checkpoint is not None
     assert not run.finished
-    assert {file.name for file in (out / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    left = {"last.ckpt", "previous.ckpt", "best.ckpt", "checksums.txt"}
+    assert {file.name for file in (out / "checkpoints").iterdir()} == left
     assert torch.load(run.checkpoint, weights_only=True)["epoch"] == 1
     resumed, straight = mlp(), mlp()
     fit(resumed, data, out, epochs=4, resume=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from wideberth.checks import InputError
 from wideberth.commands.parsing import call, print_to_terminal
+from wideberth.commands.report import say_what_is_left_out
 from wideberth.reports import alike, comparison, differing_protocols, render, trade_off
 from wideberth.runs import Run, write_atomically
 
@@ -25,6 +26,7 @@ def run(runs: list[str], out: str | None = None, evaluation: str | None = None) 
     for each in found:
         if each.evaluation is None:
             raise InputError(f"run {str(each.path)!r}: not evaluated yet; run `wideberth evaluate {each.path}` first")
+    say_what_is_left_out(found)
     found = alike(found, evaluation)
     print_to_terminal(render(comparison(found)))
     if differing := differing_protocols(found):

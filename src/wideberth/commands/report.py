@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,9 +25,17 @@ def run(runs: list[str], out: str | None = None, title: str | None = None, evalu
     found = [Run(path) for path in runs]
     for each in found:
         _ = each.config  # refuses a directory that is no run
+    say_what_is_left_out(found)
     found = alike(found, evaluation)
     home = found[0].path if len(found) == 1 else found[0].path.resolve().parent
     print(f"report: {write_report(found, Path(out) if out else home / 'report.html', title=title)}")
+
+
+def say_what_is_left_out(runs: Sequence[Run]) -> None:
+    """Name the damaged records of the runs on standard error, a line each; reports go on without them."""
+    for run in runs:
+        for line in run.leave_out_damaged():
+            print(f"left out: {line}", file=sys.stderr)
 
 
 def main(words: Sequence[str]) -> None:

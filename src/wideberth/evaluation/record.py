@@ -23,7 +23,7 @@ from wideberth.evaluation.evidence import AdversarialPoints
 from wideberth.evaluation.identity import record_name
 from wideberth.evaluation.recheck import Verification, recheck
 from wideberth.evaluation.state_file import StateFile
-from wideberth.runs import EVALUATIONS, SCHEMA_VERSION, Run, write_atomically
+from wideberth.runs import EVALUATIONS, SCHEMA_VERSION, Run, write_atomically, write_record
 
 STORAGE = ("schema_version", "id", "saved")
 """Entries of evaluation.json that are about the file, not about the evaluation."""
@@ -138,8 +138,8 @@ class Evaluation:
         try:
             if self.adversarial is not None:
                 self.adversarial.save(fresh / "adversarial.safetensors")
-            write_atomically(fresh / "evaluation.parquet", lambda file: pq.write_table(table, file))
-            write_atomically(fresh / "evaluation.json", lambda file: file.write_text(text, encoding="utf-8"))
+            write_record(fresh / "evaluation.parquet", lambda file: pq.write_table(table, file))
+            write_record(fresh / "evaluation.json", lambda file: file.write_text(text, encoding="utf-8"))
             _replace(folder, fresh)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -159,7 +159,7 @@ class Evaluation:
             out: the folder of one evaluation, or a directory that holds some, of which the newest is read.
 
         Raises:
-            InputError: where there is no evaluation, or it cannot be read.
+            InputError: where there is no evaluation, or a file of it is damaged.
         """
         records = Run(out).evaluations if Path(out).is_dir() else []
         samples = records[-1].samples if records else None

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wideberth import losses
+from wideberth import checksums, losses
 from wideberth.acceleration import optimised_copy
 from wideberth.attacks.base import Attack
 from wideberth.attacks.restarts import jobs_of
@@ -115,7 +115,12 @@ class SearchState:
     def save(self, path: Path, fingerprint: str) -> None:
         """Write all of it, atomically; the fingerprint says which evaluation it belongs to."""
         tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
-        write_atomically(path, lambda file: save_file(tensors, file, {"fingerprint": fingerprint}))
+
+        def write(file: Path) -> None:
+            save_file(tensors, file, {"fingerprint": fingerprint} | checksums.UNSEALED)
+            checksums.seal(file)
+
+        write_atomically(path, write)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> SearchState:
@@ -125,6 +130,8 @@ class SearchState:
             InputError: where it belongs to another evaluation, or cannot be read.
         """
         try:
+            if not checksums.sound(path):
+                raise ValueError("it does not match the checksum in its header")
             with safe_open(path, "pt") as file:
                 found = (file.metadata() or {}).get("fingerprint")
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no dictionary)

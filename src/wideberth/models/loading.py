@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
+from wideberth import checksums
 from wideberth.checks import InputError, one_line
 from wideberth.configuration import construct, import_object, parse_call
 from wideberth.models.libraries import LibraryModel, Timm, Torchvision
@@ -34,8 +34,16 @@ ENTRIES = ("state_dict", "model_state_dict", "model", "net")
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write the model's parameters and buffers as safetensors, atomically; tied tensors are stored once."""
-    write_atomically(Path(path), lambda temporary: save_model(model, str(temporary)))
+    """Write the model's parameters and buffers as safetensors, atomically; tied tensors are stored once.
+
+    The header holds a checksum, to which `load_weights` holds the file wherever it is copied.
+    """
+
+    def write(temporary: Path) -> None:
+        save_model(model, str(temporary), dict(checksums.UNSEALED))
+        checksums.seal(temporary)
+
+    write_atomically(Path(path), write)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -46,7 +54,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     a checkpoint holds beside the model. A torchvision or timm network also takes its library's own files.
 
     Raises:
-        InputError: when the file is missing or unreadable, or names or shapes differ; the first few are named.
+        InputError: when the file is missing, unreadable or not as it was written (where it has a checksum), or names
+            or shapes differ; the first few are named.
     """
     state = _read(Path(path))
     if isinstance(model, LibraryModel) and _overlap(state, model.net) > _overlap(state, model):
@@ -245,7 +254,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"weights {str(path)!r}: no such file")
     try:
+        checksums.verified(path)
         if path.suffix == ".safetensors":
+            if not checksums.sound(path):
+                raise InputError(f"weights {str(path)!r}: damaged, it does not match the checksum in its header")
             return load_file(path)
         if path.suffix not in CHECKPOINTS:
             raise InputError(f"weights {str(path)!r}: must be .safetensors, {', '.join(CHECKPOINTS)}")
@@ -255,9 +267,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"weights {str(path)!r}: holds more than tensors, and unpickling objects could run any code; "
             "save its state_dict() alone"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # damaged files raise all kinds
         raise InputError(f"weights {str(path)!r}: cannot be read: {one_line(error)}") from error
     entries = [loaded, *(loaded[name] for name in ENTRIES if isinstance(loaded, Mapping) and name in loaded)]
     for entry in entries:

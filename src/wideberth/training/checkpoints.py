@@ -14,6 +14,8 @@ from wideberth.runs import reading
 Keep: TypeAlias = Literal["last", "best"]
 """Which checkpoint's weights a run exports."""
 
+FILES = ("last.ckpt", "previous.ckpt", "best.ckpt")
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -36,7 +38,7 @@ def load(file: Path) -> Saved:
     """Read a checkpoint of a run; no objects are unpickled.
 
     Raises:
-        InputError: where it is missing, cannot be read, or is no checkpoint of a run.
+        InputError: where it is missing, damaged, or no checkpoint of a run.
     """
     if not file.is_file():
         raise InputError(f"{str(file)!r}: is missing")
@@ -50,31 +52,50 @@ def load(file: Path) -> Saved:
         return Saved(file, epoch, best, state)
 
 
+def present(folder: Path) -> bool:
+    """Whether there is a checkpoint to go on from, sound or not."""
+    return any((folder / name).is_file() for name in FILES)
+
+
 def newest(folder: Path, keep: Keep) -> tuple[Saved, str | None]:
     """The checkpoint that a run goes on from, and what to say of it where that is not last.ckpt.
 
-    best.ckpt is written before last.ckpt, and whole: a run that was killed between the two goes on from best.ckpt.
+    Each holds all of the state. best.ckpt is written before last.ckpt: a run that was killed between the two goes on
+    from best.ckpt. Where last.ckpt is damaged, it goes on from the newer one of the other two.
 
     Raises:
-        InputError: naming the file that is missing, cannot be read or, where the best epoch is to be exported, is of
-            another epoch than that.
+        InputError: where no checkpoint is sound, naming last.ckpt; or where the best epoch is to be exported, and
+            best.ckpt is missing, damaged or of another epoch.
     """
-    last, best = load(folder / "last.ckpt"), None
+    last, best = _tried(folder / "last.ckpt"), _tried(folder / "best.ckpt")
+    chosen, note = last, None
+    if isinstance(last, InputError):
+        others = [each for each in (_tried(folder / "previous.ckpt"), best) if isinstance(each, Saved)]
+        if not others:
+            raise InputError(f"{last}; and there is no other checkpoint to go on from")
+        chosen = max(others, key=lambda each: each.epoch)
+        note = f"{last}: training goes on from {chosen.file.name}, after epoch {chosen.epoch + 1}"
+    elif isinstance(best, Saved) and best.epoch == last.epoch + 1:
+        chosen = best
+        note = f"{str(best.file)!r} is one epoch newer than last.ckpt: training goes on after epoch {best.epoch + 1}"
+    assert isinstance(chosen, Saved)
+    if keep == "best" and chosen.best >= 0:
+        if isinstance(best, InputError):
+            raise best
+        check_best(best, chosen.best)
+    return chosen, note
+
+
+def _tried(file: Path) -> Saved | InputError:
     try:
-        best = load(folder / "best.ckpt")
-    except InputError:
-        if keep == "best" and last.best >= 0:
-            raise
-    if best is not None and best.epoch == last.epoch + 1:
-        return best, f"{str(best.file)!r} is one epoch newer than last.ckpt: going on after epoch {best.epoch + 1}"
-    if keep == "best":
-        check_best(best, last.best)
-    return last, None
+        return load(file)
+    except InputError as error:
+        return error
 
 
-def check_best(found: Saved | None, epoch: int) -> None:
-    """Refuse a best.ckpt that is not of the epoch (0-based) that was the best (`InputError`)."""
-    if found is not None and epoch >= 0 and found.epoch != epoch:
+def check_best(found: Saved, epoch: int) -> None:
+    """Refuse a best.ckpt that is not of the epoch (0-based) that was the best; -1: none was (`InputError`)."""
+    if epoch >= 0 and found.epoch != epoch:
         raise InputError(
             f"{str(found.file)!r}: is of epoch {found.epoch + 1}, and epoch {epoch + 1} was the best: "
             "its weights are not there to be exported"

@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from wideberth import checksums
 from wideberth.checks import InputError
 from wideberth.data import Split
 from wideberth.models import save_weights
-from wideberth.runs import Run, write_atomically
-from wideberth.training.checkpoints import Keep, Saved, check_best, load, newest
+from wideberth.runs import Run, reading, write_atomically, write_record
+from wideberth.training.checkpoints import FILES, Keep, Saved, check_best, load, newest, present
 from wideberth.training.module import RobustTraining
 from wideberth.training.recorder import KeepLast, history, training_radii
 
@@ -33,7 +34,13 @@ ABOUT_THE_WEIGHTS = (
     "margins.parquet",
     "report.html",
 )
-RECORDS = (*ABOUT_THE_WEIGHTS, "checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.csv", "radii.parquet")
+RECORDS = (
+    *ABOUT_THE_WEIGHTS,
+    *(f"checkpoints/{name}" for name in (*FILES, checksums.NAME)),
+    "metrics.csv",
+    "radii.parquet",
+    checksums.NAME,
+)
 # What a resumed run may change without becoming another experiment.
 FREE = ("out", "epochs", "workers", "probe", "progress", "trainer")
 
@@ -44,7 +51,7 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
     Nothing in it is changed yet: see `FirstEpoch`.
     """
     run = Run(out) if out.is_dir() else None
-    if resume and (run is None or run.checkpoint is None):
+    if resume and not present(out / "checkpoints"):
         raise InputError(
             f"out={str(out)!r} with resume: holds no checkpoints/last.ckpt to resume from; train without it"
         )
@@ -152,7 +159,7 @@ class FirstEpoch(L.Callback):
 
 
 def _began(run: Run) -> bool:
-    return run.finished or run.checkpoint is not None
+    return run.finished or present(run.path / "checkpoints")
 
 
 def discard(out: Path, files: tuple[str, ...]) -> None:
@@ -174,7 +181,8 @@ def kept_epoch(keeper: KeepLast, module: RobustTraining, keep: Keep) -> int:
     saved = load(keeper.folder / "best.ckpt" if keep == "best" and validated else keeper.newest)
     if keep == "best":
         check_best(saved, keeper.best_epoch)
-    module.load_state_dict(saved.state)
+    with reading(saved.file):
+        module.load_state_dict(saved.state)
     return saved.epoch
 
 
@@ -191,9 +199,9 @@ def export(out: Path, module: RobustTraining, split: Split, said: dict[str, Any]
     if len(radii):
         samples["radius"] = radii
         arrays = extremes(split, radii)
-        write_atomically(out / "extremes.npz", lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
-    write_atomically(out / "samples.parquet", lambda file: samples.to_parquet(file))
-    write_atomically(out / "export.json", lambda file: file.write_text(json.dumps(said)) and None)
+        write_record(out / "extremes.npz", lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+    write_record(out / "samples.parquet", lambda file: samples.to_parquet(file))
+    write_record(out / "export.json", lambda file: file.write_text(json.dumps(said)))
     save_weights(module.model, out / "model.safetensors")  # last: its presence says that the run is finished
 
 

@@ -164,7 +164,7 @@ class TrainingJob:
             return _lightning_trainer(callbacks, plan.epochs, terminal, self.execution.trainer)
 
     def _claim_directory(self, module: RobustTraining, keeper: KeepLast) -> tuple[int, str | None]:
-        """Check the run directory, changing nothing, and load what is resumed; the number of epochs done, and a note."""
+        """Check the run directory, changing nothing, and load what is resumed; epochs done, and a note on that."""
         outputs, out = self.outputs, self.outputs.out
         claim(out, resume=outputs.resume, overwrite=outputs.overwrite)
         if not outputs.resume:

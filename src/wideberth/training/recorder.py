@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from rich.console import Console
 from torch import Tensor
 
-from wideberth import margins
-from wideberth.runs import Run, reading, write_atomically
+from wideberth import checksums, margins
+from wideberth.checks import InputError
+from wideberth.runs import Run, reading, write_atomically, write_record
 from wideberth.training.module import RobustTraining
 from wideberth.training.stopping import OverfittingGuard
 
@@ -70,10 +72,10 @@ class Recorder(L.Callback):
         row |= self._margin_columns(pl_module)
         row["seconds"] = seconds
         self._rows.append(row)
-        write_atomically(self.out / "metrics.csv", lambda file: pd.DataFrame(self._rows).to_csv(file, index=False))
+        write_record(self.out / "metrics.csv", lambda file: pd.DataFrame(self._rows).to_csv(file, index=False))
         if self._radii:
             history = pd.concat(self._radii, ignore_index=True)
-            write_atomically(self.out / "radii.parquet", lambda file: history.to_parquet(file))
+            write_record(self.out / "radii.parquet", lambda file: history.to_parquet(file))
         if self.console is not None:
             self.console.print(summary(row, trainer.max_epochs), highlight=False, soft_wrap=True)
 
@@ -157,8 +159,9 @@ def summary(row: dict[str, Any], epochs: int | None) -> str:
 class KeepLast(Checkpoint):
     """checkpoints/last.ckpt after every epoch, and best.ckpt by held-out accuracy (robust, if there is a radius).
 
-    Both are moved into place whole, so that a full disk or a crash leaves the previous one; best.ckpt first, so that it
-    is there whenever last.ckpt says that its epoch was the best.
+    All are moved into place whole, so that a full disk or a crash leaves what was there; best.ckpt first, so that it
+    is there whenever last.ckpt says that its epoch was the best. What last.ckpt was before becomes previous.ckpt, to go
+    on from should last.ckpt be damaged.
 
     Args:
         out: the run directory.
@@ -211,7 +214,9 @@ class KeepLast(Checkpoint):
             trainer.save_checkpoint(fresh, weights_only=False)
             if trainer.is_global_zero:
                 if better:
-                    write_atomically(self.folder / "best.ckpt", lambda file: shutil.copyfile(fresh, file))
+                    write_record(self.folder / "best.ckpt", lambda file: shutil.copyfile(fresh, file))
+                self._keep_previous()
+                checksums.note(last, checksums.digest(fresh))
                 fresh.replace(last)
                 if self.saved is not None:
                     self.saved()
@@ -228,8 +233,28 @@ class KeepLast(Checkpoint):
         """Make last.ckpt the newest checkpoint, where a run was resumed from another and had no epoch left to train."""
         last = self.folder / "last.ckpt"
         if self.newest != last:
-            write_atomically(last, lambda file: shutil.copyfile(self.newest, file))
+            write_record(last, lambda file: shutil.copyfile(self.newest, file))
             self.newest = last
+
+    def _keep_previous(self) -> None:
+        """Make last.ckpt also previous.ckpt, unless it was damaged: then what was previous stays."""
+        last, previous = self.folder / "last.ckpt", self.folder / "previous.ckpt"
+        try:
+            known = checksums.verified(last) if last.is_file() else None
+        except InputError:
+            known = None
+        if known is None:
+            return
+
+        def write(file: Path) -> None:
+            file.unlink(missing_ok=True)
+            try:
+                os.link(last, file)
+            except OSError:  # not every file system has links
+                shutil.copyfile(last, file)
+            checksums.note(previous, known)
+
+        write_atomically(previous, write)
 
     def _stop_if_stale(self, trainer: L.Trainer, epoch: int) -> None:
         stale = epoch - self.best_epoch
