@@ -15,7 +15,7 @@ import yaml
 
 from wideberth import checksums
 from wideberth.checks import InputError
-from wideberth.data import Split
+from wideberth.data import Split, read
 from wideberth.models import save_weights
 from wideberth.runs import Run, reading, write_atomically, write_record
 from wideberth.training.checkpoints import FILES, Keep, Saved, check_best, load, newest, present
@@ -210,7 +210,7 @@ def extremes(split: Split, radii: np.ndarray[Any, Any], count: int = 16) -> dict
     order = np.argsort(radii, kind="stable")
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for end, places in (("small", order[:count]), ("large", order[::-1][:count])):
-        x, y, index = split.__getitems__(places.tolist())
+        x, y, index = read(split, places.tolist())
         arrays |= {f"{end}_x": x.numpy(), f"{end}_label": y.numpy(), f"{end}_index": index.numpy()}
         arrays[f"{end}_radius"] = radii[places]
     return arrays

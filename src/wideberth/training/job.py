@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from wideberth import checks
 from wideberth.attacks import Attack
 from wideberth.checks import InputError
-from wideberth.data import Data, Split, loader
+from wideberth.data import Data, Split, loader, read
 from wideberth.modes import lent
 from wideberth.randomness import own_generators
 from wideberth.runs import Run
@@ -228,7 +228,7 @@ def interruptible() -> Iterator[None]:
 
 def check_model(model: nn.Module, split: Split, data: Data) -> None:
     """Refuse a model whose output does not fit the data's classes (`InputError`)."""
-    x, y, _ = split.__getitems__([0])
+    x, y, _ = read(split, [0])
     try:
         with lent(model), torch.no_grad(), own_generators(None):
             logits = model(x)
@@ -249,7 +249,7 @@ def check_box(attack: Attack, data: Data) -> None:
 def _probe(split: Split, size: int) -> tuple[Tensor, Tensor] | None:
     if not size:
         return None
-    x, y, _ = split.__getitems__(list(range(min(size, len(split)))))
+    x, y, _ = read(split, range(min(size, len(split))))
     return x, y
 
 
