@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 COMMANDS = {
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from wideberth.checks import InputError
 
     try:
-        code = import_module(f"wideberth.commands.{name}").main(rest)
+        with notes_on_stderr():
+            code = import_module(f"wideberth.commands.{name}").main(rest)
     except InputError as error:
         print(f"wideberth {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -66,6 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 130
     return int(code or 0)
+
+
+@contextmanager
+def notes_on_stderr() -> Iterator[None]:
+    """Print what the library logs for its users (warnings, and why a run ended) on standard error, a line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("wideberth")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def program() -> int:

@@ -190,19 +190,28 @@ class Run:
     def leave_out_damaged(self) -> list[str]:
         """From now on, take records that cannot be read as not there; returns a line about each, naming its file."""
         told = []
-        for file, record in RECORDS.items():
+        for file, attribute in RECORDS.items():
             try:
-                getattr(self, record)
+                getattr(self, attribute)
             except InputError as error:
                 told.append(str(error))
                 self._left_out.append(file)
-        for evaluation in self._evaluation_records():
+        for record in self._evaluation_records():
+            name = record.name
             try:
-                _ = evaluation.summary, evaluation.samples
+                _ = record.summary
+                name = f"{record.name}/evaluation.parquet"
+                _ = record.samples
             except InputError as error:
                 told.append(str(error))
-                self._left_out.append(evaluation.name)
+                self._left_out.append(name)
         return told
+
+    def with_evaluation(self, name: str | None) -> Run:
+        """The same run, of which another evaluation is read; what is left out stays so."""
+        other = Run(self.path, name)
+        other._left_out = self._left_out
+        return other
 
     @property
     def name(self) -> str:
@@ -278,7 +287,8 @@ class Run:
     def evaluation_samples(self) -> pd.DataFrame | None:
         """One row per sample of this evaluation."""
         record = self._chosen_evaluation()
-        return None if record is None else record.samples
+        left_out = record is None or f"{record.name}/evaluation.parquet" in self._left_out
+        return None if record is None or left_out else record.samples
 
     @property
     def evaluation_name(self) -> str | None:

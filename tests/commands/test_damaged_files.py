@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import wideberth as wb
+from wideberth import runs
 from wideberth.checksums import SEAL
 from wideberth.cli import main
 from wideberth.evaluation import Evaluation
-from wideberth.runs import RECORDS, Run
+from wideberth.runs import Run
 
 TRAIN = (
     "--config=digits/iaat",
@@ -28,6 +29,8 @@ EVALUATE = ("--data=Digits", "--norm=linf", "--eps=0.1", "--rows=4", "--suite=pg
 PLACES = (0, 0.01, 0.25, 0.5, 0.75, 0.99, 1)
 NEEDED = ("metrics.csv", "radii.parquet", "export.json", "checkpoints/best.ckpt")
 """What `train --resume` needs beside config.yaml and last.ckpt."""
+RECORDS = {**runs.RECORDS, "evaluation.json": "evaluation", "evaluation.parquet": "evaluation_samples"}
+"""The records that reports read, and the properties of `Run` that read them."""
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda _: b"",
     "noise": lambda content: bytes(byte ^ 0x5A for byte in content),
@@ -49,6 +52,11 @@ def copied(judged_run: Path, tmp_path: Path) -> Path:
     """A copy of it to damage."""
     shutil.copytree(judged_run, tmp_path / "run")
     return tmp_path / "run"
+
+
+def path_of(run: Path, record: str) -> Path:
+    """Where a record is: those of the one evaluation are in a folder of their own."""
+    return next((run / "evaluations").glob(f"*/{record}")) if record.startswith("evaluation") else run / record
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -164,16 +172,16 @@ def test_weights_are_checked_wherever_they_were_copied(copied: Path, wideberth) 
 
 @pytest.mark.parametrize("file", RECORDS)
 def test_a_record_is_not_read_with_a_bit_that_changed(file: str, copied: Path) -> None:
-    whole = (copied / file).read_bytes()
+    whole = (path_of(copied, file)).read_bytes()
     run = Run(copied)
     for place in PLACES:
-        flip(copied / file, place)
+        flip(path_of(copied, file), place)
         with pytest.raises(wb.InputError, match=file):
             getattr(run, RECORDS[file])
         if file.startswith("evaluation"):
             with pytest.raises(wb.InputError, match=file):
                 Evaluation.load(copied)
-        (copied / file).write_bytes(whole)
+        (path_of(copied, file)).write_bytes(whole)
     assert run.leave_out_damaged() == []
     assert getattr(run, RECORDS[file]) is not None
 
@@ -181,7 +189,7 @@ def test_a_record_is_not_read_with_a_bit_that_changed(file: str, copied: Path) -
 def test_reports_name_damaged_records_and_go_on_without_them(copied: Path, wideberth) -> None:
     for file in RECORDS:
         if file != "evaluation.json":
-            flip(copied / file, 0.5)
+            flip(path_of(copied, file), 0.5)
     without = copied.with_name("without") / "run"
     shutil.copytree(copied, without)
     for command, *options in (("report", "--out", "report.html"), ("compare", "--out", "plot.png")):
@@ -189,20 +197,20 @@ def test_reports_name_damaged_records_and_go_on_without_them(copied: Path, wideb
         assert code == 0, err
         for line, file in zip(err.splitlines(), [file for file in RECORDS if file != "evaluation.json"], strict=True):
             assert line.startswith("left out: ")
-            names(line, copied / file)
+            names(line, path_of(copied, file))
         assert Path(options[1]).stat().st_size > 1000
     page = Path("report.html").read_text()
     for file in RECORDS:
         if file != "evaluation.json":
-            (without / file).unlink()
+            (path_of(without, file)).unlink()
     assert wideberth("report", without, "--out", "report.html")[2] == ""
     assert Path("report.html").read_text() == page
     # Without a verdict there is a report and nothing to compare.
-    flip(copied / "evaluation.json", 0.5)
+    flip(path_of(copied, "evaluation.json"), 0.5)
     assert wideberth("report", copied)[0] == 0
     code, out, err = wideberth("compare", copied)
     assert (code, out) == (2, "")
-    names(err, copied / "evaluation.json")
+    names(err, path_of(copied, "evaluation.json"))
 
 
 def test_what_people_may_edit_is_not_called_damaged(copied: Path, wideberth) -> None:

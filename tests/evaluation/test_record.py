@@ -60,7 +60,7 @@ def test_a_saved_record_is_loaded_as_it_was(tmp_path: Path) -> None:
     found = evaluation()
     folder = found.save(tmp_path / "new" / "run")
     assert folder.parent == tmp_path / "new" / "run" / "evaluations"
-    assert sorted(file.name for file in folder.iterdir()) == ["evaluation.json", "evaluation.parquet"]
+    assert sorted(file.name for file in folder.iterdir()) == ["checksums.txt", "evaluation.json", "evaluation.parquet"]
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
     for place in (folder, tmp_path / "new" / "run"):
         loaded = Evaluation.load(place)
@@ -158,6 +158,9 @@ def test_a_failure_while_saving_leaves_what_was_there(when: str, tmp_path: Path,
 def test_files_of_two_evaluations_are_not_taken_for_one(tmp_path: Path) -> None:
     first, second = evaluation().save(tmp_path), evaluation(eps=0.1).save(tmp_path)
     shutil.copyfile(first / "evaluation.parquet", second / "evaluation.parquet")
+    with pytest.raises(InputError, match="is damaged, or was changed"):
+        Evaluation.load(second)
+    (second / "checksums.txt").unlink()  # then the id in both files tells
     for read in (lambda: Evaluation.load(second), lambda: Run(tmp_path).evaluation_samples):
         with pytest.raises(InputError, match="is of another evaluation"):
             read()
@@ -171,6 +174,9 @@ def test_files_of_two_evaluations_are_not_taken_for_one(tmp_path: Path) -> None:
 def test_damaged_files_are_named_in_one_line(name: str, tmp_path: Path) -> None:
     folder = evaluation().save(tmp_path)
     (folder / name).write_bytes(b"\x00damaged\n\nfile")
+    with pytest.raises(InputError, match="is damaged, or was changed"):
+        Evaluation.load(tmp_path)
+    (folder / "checksums.txt").unlink()
     with pytest.raises(InputError, match="cannot be read") as refused:
         Evaluation.load(tmp_path)
     assert name in str(refused.value)
@@ -181,6 +187,7 @@ def test_damaged_files_are_named_in_one_line(name: str, tmp_path: Path) -> None:
 def test_a_newer_schema_is_refused_in_one_line(version: object, tmp_path: Path) -> None:
     file = evaluation().save(tmp_path) / "evaluation.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": version}))
+    file.with_name("checksums.txt").unlink()
     with pytest.raises(InputError, match="schema version") as refused:
         _ = Run(tmp_path).evaluation
     assert "\n" not in str(refused.value)

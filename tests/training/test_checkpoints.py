@@ -183,7 +183,7 @@ def test_a_run_that_keeps_its_last_epoch_goes_on_without_the_best(tmp_path: Path
 
 
 def test_epochs_are_counted_from_the_newest_checkpoint(
-    copied: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copied: Path, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Killed when the second epoch, a new best, was in best.ckpt and not yet in last.ckpt."""
     first = train(tmp_path / "first", epochs=1).path
@@ -192,7 +192,7 @@ def test_epochs_are_counted_from_the_newest_checkpoint(
     refused(copied, "epochs=1: 2 are done", epochs=1)
     resumed = train(copied, resume=True)
     said = "best.ckpt' is one epoch newer than last.ckpt: training goes on after epoch 2\n"
-    assert said in capsys.readouterr().err
+    assert said.strip() in caplog.text
     assert outcome(resumed) == outcome(wb.Run(finished))
 
 
@@ -208,28 +208,29 @@ def flip(file: Path, place: float) -> None:
 
 @pytest.mark.parametrize("place", [0, 0.2, 0.4, 0.6, 0.8, 1])
 def test_a_damaged_last_checkpoint_costs_one_epoch(
-    copied: Path, finished: Path, place: float, capsys: pytest.CaptureFixture[str]
+    copied: Path, finished: Path, place: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     flip(copied / "checkpoints" / "last.ckpt", place)
     before = (copied / "checkpoints" / "previous.ckpt").read_bytes()
     resumed = train(copied, resume=True)
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = caplog.messages
     assert f"{str(copied / 'checkpoints' / 'last.ckpt')!r}: is damaged" in line
     assert line.endswith("training goes on from previous.ckpt, after epoch 2")
     assert outcome(resumed) == outcome(wb.Run(finished))
     # The damaged one did not become the previous one.
     assert (copied / "checkpoints" / "previous.ckpt").read_bytes() == before
+    caplog.clear()
     assert train(copied, resume=True).finished
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
-def test_the_newer_of_the_other_checkpoints_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newer_of_the_other_checkpoints_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The last epoch was the best: nothing is lost with last.ckpt."""
     out = train(tmp_path / "run", epochs=2).path
     wanted = outcome(wb.Run(out))
     flip(out / "checkpoints" / "last.ckpt", 0.5)
     resumed = train(out, epochs=2, resume=True)
-    assert capsys.readouterr().err.endswith("training goes on from best.ckpt, after epoch 2\n")
+    assert caplog.messages[-1].endswith("training goes on from best.ckpt, after epoch 2")
     assert outcome(resumed) == wanted
     assert (out / "checkpoints" / "last.ckpt").read_bytes() == (out / "checkpoints" / "best.ckpt").read_bytes()
 

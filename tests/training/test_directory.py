@@ -31,7 +31,8 @@ def train(out: Path, **options: Any) -> wb.Run:
 def judged(tmp_path: Path) -> Path:
     """A finished run of two epochs with everything that may be said of its weights."""
     run = train(tmp_path / "run")
-    for name in ("evaluation.json", "evaluation.parquet", "margins.parquet", "report.html"):
+    (run.path / "evaluations").mkdir()
+    for name in ("evaluation.json", "evaluation.parquet", "margins.parquet", "report.html", "evaluations/a.json"):
         (run.path / name).write_text("of the weights after two epochs")
     assert all((run.path / name).exists() for name in ABOUT_THE_WEIGHTS)
     return run.path

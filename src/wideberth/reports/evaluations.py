@@ -117,7 +117,7 @@ def alike(runs: Sequence[Run], name: str | None = None) -> list[Run]:
         InputError: where a run with evaluations has none of this name.
     """
     if name is not None:
-        return [Run(run.path, name) if run.evaluations else run for run in runs]
+        return [run.with_evaluation(name) if run.evaluations else run for run in runs]
     evaluated = [run for run in runs if run.evaluations]
     for key in (_by_name, _by_threat):
         # Of equal keys the newest counts, which comes last.
@@ -125,7 +125,7 @@ def alike(runs: Sequence[Run], name: str | None = None) -> list[Run]:
         for record in reversed(evaluated[0].evaluations if evaluated else []):
             if (entry := key(record)) and all(entry in names for names in known):
                 chosen = {id(run): names[entry] for run, names in zip(evaluated, known, strict=True)}
-                return [Run(run.path, chosen.get(id(run))) for run in runs]
+                return [run.with_evaluation(chosen.get(id(run))) for run in runs]
     return list(runs)
 
 
