@@ -67,7 +67,7 @@ def import_object(path: str) -> Any:
     return found
 
 
-def construct(factory: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
+def construct(factory: Callable[..., Any], path: str, /, *args: Any, **kwargs: Any) -> Any:
     """What `factory` returns for these arguments, with its refusals as one line.
 
     Raises:

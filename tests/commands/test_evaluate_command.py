@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ def test_a_configuration_calls_nothing_but_policies_and_schedules(path: str, mon
     monkeypatch.setattr(os, "system", lambda _: pytest.fail("was called"))
     with pytest.raises(InputError, match="neither a radius policy nor a schedule"):
         trained_for(config({"class_path": path, "init_args": {"command": "true"}}))
+
+
+def test_a_configuration_does_not_open_the_current_directory_to_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(InputError, match=r"config\.yaml: radius: 'wideberth\.nowhere\.Fixed'"):
+        trained_for(config({"class_path": "wideberth.nowhere.Fixed"}))
+    assert str(tmp_path) not in sys.path
 
 
 def test_defaults_follow_the_run_and_say_so(digits_run: Path) -> None:

@@ -198,8 +198,9 @@ def test_a_configuration_to_train_by(entries: dict[str, Any], wideberth) -> None
     assert not Path("new").exists()
 
 
-def test_report_and_compare_build_nothing(digits_run: Path, wideberth, tmp_path: Path) -> None:
-    assert wideberth("evaluate", digits_run, "--rows", 20, "--progress=false", "--suite=pgd")[0] == 0
+def test_report_and_compare_build_nothing_and_verify_what_it_needs(digits_run: Path, wideberth, tmp_path: Path) -> None:
+    words = ("--rows", 20, "--progress=false", "--suite=pgd", "--overwrite")
+    assert wideberth("evaluate", digits_run, *words)[0] == 0
     run = run_of(tmp_path / "run", digits_run, model=SHELL, data=SPECS["a module beside"], optimizer=SHELL)
     for command in ("report", "compare"):
         code, _, err = wideberth(command, run)
@@ -207,6 +208,12 @@ def test_report_and_compare_build_nothing(digits_run: Path, wideberth, tmp_path:
         assert not Path(MARK).exists()
         assert "evil" not in sys.modules
         assert str(Path.cwd()) not in sys.path, "libraries would find the modules of a stranger's folder"
+    for entries in ({"model": SHELL}, {"data": SPECS["a module beside"]}):
+        shutil.rmtree(run)
+        asks_for_trust(wideberth("verify", run_of(run, digits_run, **entries)), "config.yaml")
+    shutil.rmtree(run)
+    code, _, err = wideberth("verify", run_of(run, digits_run, optimizer=SHELL))
+    assert code == 0, err  # which needs model and data alone
 
 
 class Bomb:

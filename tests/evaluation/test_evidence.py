@@ -151,8 +151,16 @@ def test_the_data_come_from_the_record_where_they_are_ours() -> None:
         model = wb.models.MLP((1, 8, 8), 10, (16,))
     found = evaluate(model, data, eps=0.3, suite="pgd", margin=False, examined=False)
     assert found.verify(model) == found.verify(model, data)
-    stranger = replace(found, protocol=found.protocol | {"data": {"class_path": "os.system", "init_args": {}}})
-    for record in (stranger, evaluated()):
+    hub = {"class_path": "wideberth.data.HuggingFace", "init_args": {"path": "pandas"}}
+    strangers = [
+        replace(found, protocol=found.protocol | {"data": data})
+        for data in (
+            {"class_path": "os.system", "init_args": {}},
+            hub,
+            {"class_path": "wideberth.data.sources:torch.load"},
+        )
+    ]
+    for record in (*strangers, evaluated()):
         with pytest.raises(InputError, match="data: needed, since the record does not describe"):
             record.verify(model)
     with pytest.raises(InputError, match="data: holds 5 samples: the record is about sample 19 too"):

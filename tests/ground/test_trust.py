@@ -134,7 +134,7 @@ TAKEN: dict[str, Any] = {
         [{"class_path": "EffectiveMargin", "init_args": {"weight": "1/128"}}],
     ],
     "optimizer": [
-        "wideberth.training.policies.sgd",
+        describe(inspect.signature(wb.train).parameters["optimizer"].default),
         "torch.optim.Adam",
         "Adam",
         {"class_path": "torch.optim.sgd.SGD", "init_args": {"lr": 0.1}},

@@ -151,6 +151,7 @@ def test_what_cannot_be_constructed(make: Callable[[], Any], message: str) -> No
 
 def test_construct() -> None:
     assert construct(factory, "f", 3, depth=1) == (3, 1)
+    assert construct(lambda path, factory: (path, factory), "f", path=1, factory=2) == (1, 2)
 
 
 # ---- run directories ------------------------------------------------------------------------------------------------

@@ -46,9 +46,6 @@ def load_yaml(text: str) -> Any:
 set_loader("fractions", load_yaml, exceptions=(yaml.YAMLError,))
 
 
-TRUST = "let files name any class, also your own, and run its code; without it, those of wideberth and its libraries"
-
-
 class Parser(ArgumentParser):
     """An argument parser whose errors are one line that says what, where and what would be right.
 
@@ -132,7 +129,7 @@ def shortened(message: str, limit: int = 300) -> str:
 _FRACTION = re.compile(rf"^(--[\w.+]+=)?({_NUMBER})/({_NUMBER})$")
 _CLASS = re.compile(r"^(--(\w+)\+?=)(\w+)$")
 _PATH = re.compile(r"^[^\W\d]\w*(?:[.:][^\W\d]\w*)+ *(?:\(.*)?$", re.DOTALL)
-_FILES = ("--config", "--out", "--title", "--weights", "--architecture")
+_FILES = ("--config", "--out", "--title", "--weights", "--architecture", "--eps", "--evaluation")
 _CLASS_PATH = re.compile(r"class_path['\"]?\s*:\s*['\"]?([^\W\d]\w*[.:]\w+)")
 
 
@@ -180,9 +177,14 @@ def own_modules(words: Sequence[str]) -> None:
     pairs = zip(["", *words], words, strict=False)
     tops = {name.partition(".")[0].partition(":")[0] for pair in pairs for name in _named(*pair)}
     found = {top for top in tops if (here / top).is_dir() or (here / f"{top}.py").is_file()}
-    if "--trust" in words or any(top not in sys.modules and not find_spec(top) for top in found):
+    if trusted(words) or any(top not in sys.modules and not find_spec(top) for top in found):
         sys.path.append(str(here))
         invalidate_caches()
+
+
+def trusted(words: Sequence[str]) -> bool:
+    """Whether the words say that files may name anything."""
+    return "--trust" in words or "--trust=true" in words
 
 
 def _named(before: str, word: str) -> list[str]:
@@ -196,11 +198,9 @@ def _named(before: str, word: str) -> list[str]:
 def parse(command: str, function: Callable[..., Any], words: Sequence[str], many: str | None = None) -> Namespace:
     """Parse the words of a command whose function takes plain values; `many` names a list of positional words."""
     parser = Parser(prog=f"wideberth {command}", description=(function.__doc__ or "").strip().splitlines()[0])
-    skipped: set[str | int] = set()
     if many:
         parser.add_argument(many, nargs="+")
-        skipped.add(many)
-    parser.add_function_arguments(function, skip=skipped, as_positional=True)
+    parser.add_function_arguments(function, skip={many} if many else set(), as_positional=True)
     own_modules(words)
     ready: Namespace = parser.instantiate(parser.parse_args(prepared(with_flags(words, function))))
     return ready

@@ -17,6 +17,7 @@ from wideberth.reports.records import NORMS, radii_text, size_text
 from wideberth.runs import Run, reading
 from wideberth.training.radii import Radius
 from wideberth.training.schedules import Schedule
+from wideberth.trust import NotTrusted, check
 
 NORM: Norm = "linf"
 EPS = 8 / 255
@@ -117,10 +118,13 @@ def _built(value: Any) -> Any:
     if not _is_ours(value):
         return value
     path = str(value["class_path"])
+    try:  # a path such as wideberth.runs:os.system begins with our name, too
+        check({"class_path": path}, Radius | Schedule, "config.yaml", "radius")
+    except NotTrusted:
+        raise InputError(
+            f"config.yaml: radius: {path!r} is neither a radius policy nor a schedule; give --eps"
+        ) from None
     kind = import_object(path)
-    # Checked before it is called: a path such as wideberth.runs:os.system begins with our name, too.
-    if not (isinstance(kind, type) and issubclass(kind, Radius | Schedule)):
-        raise InputError(f"config.yaml: radius: {path!r} is neither a radius policy nor a schedule; give --eps")
     return construct(kind, path, **{str(key): _built(item) for key, item in (value.get("init_args") or {}).items()})
 
 

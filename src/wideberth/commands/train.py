@@ -11,7 +11,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from wideberth.commands.parsing import TRUST, Parser, own_modules, prepared
+from wideberth.commands.parsing import Parser, own_modules, prepared, trusted
 from wideberth.runs import Run
 from wideberth.training.catalogue import MODULES
 from wideberth.training.train import train
@@ -32,7 +32,7 @@ def parser() -> Parser:
     made.add_argument("--config", action="config", help="a YAML file, or the name of a shipped recipe")
     made.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     made.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    made.add_argument("--trust", action="store_true", help=TRUST)
+    made.add_argument("--trust", action="store_true", help="let files name any class, and run its code")
     made.add_function_arguments(train, skip=set(PASSING), as_positional=False)
     return made
 
@@ -45,7 +45,7 @@ def parse(words: Sequence[str]) -> tuple[Parser, Namespace]:
         InputError: for anything else that cannot be used.
     """
     made = parser()
-    if "--trust" not in words:
+    if not trusted(words):
         made.check = lambda held, file: check_configuration(held, get_type_hints(train), file)
     own_modules(words)
     config = made.parse_args(prepared(words))
