@@ -85,6 +85,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("wideberth")
     if name not in __all__:
         raise AttributeError(f"module 'wideberth' has no attribute {name!r}")
     if name in _HOMES:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from wideberth.checks import InputError, one_line
+from wideberth.schema import public_path
 
 
 def parse_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
@@ -138,11 +139,10 @@ def describe(value: Any) -> Any:
     if isinstance(value, list | tuple | set):
         return [describe(item) for item in value]
     if inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
-        return f"{value.__module__}.{value.__qualname__}"
+        return public_path(value)
     if isinstance(value, functools.partial):
         return {"class_path": describe(value.func), "init_args": describe(value.keywords)}
-    kind = type(value)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": _arguments(value)}
+    return {"class_path": public_path(type(value)), "init_args": _arguments(value)}
 
 
 def _arguments(value: Any) -> dict[str, Any]:

@@ -37,13 +37,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 
-from wideberth import checksums
+from wideberth import checksums, schema
 from wideberth.checks import InputError, one_line
 
 EVALUATIONS = "evaluations"
 """The folder of a run directory that holds its evaluations."""
-SCHEMA_VERSION = 2
-"""Of evaluation.json and evaluation.parquet. Version 0.1 wrote none, which counts as 1."""
 RENAMED = {"run": "job", "closest": "max_probability_margin"}
 """Columns of evaluation.parquet in version 0.1, and their names today."""
 
@@ -108,12 +106,7 @@ class EvaluationRecord:
         file = self.path / "evaluation.json"
         with reading(file):
             summary = _mapping(json.loads(file.read_text(encoding="utf-8")))
-        version = summary.get("schema_version", 1)
-        if not isinstance(version, int) or version > SCHEMA_VERSION:
-            raise InputError(
-                f"{str(file)!r}: has schema version {version!r}, and this version of wideberth reads those up to "
-                f"{SCHEMA_VERSION}; read it with a newer one"
-            )
+        schema.check_version(summary, repr(str(file)))
         return summary
 
     @property
@@ -220,12 +213,12 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration."""
+        """The resolved configuration, by today's names."""
         file = self.path / "config.yaml"
         if not file.is_file():
             raise InputError(f"run {str(self.path)!r}: holds no config.yaml, so it is not a run directory")
         with reading(file):
-            return _mapping(yaml.safe_load(file.read_text()))
+            return schema.upgraded_configuration(_mapping(yaml.safe_load(file.read_text())), repr(str(file)))
 
     @property
     def finished(self) -> bool:

@@ -54,7 +54,7 @@ HERE = __name__
         ((1, [2, None]), [1, [2, None]]),
         ({"a": (1,), 2: Path("c")}, {"a": [1], "2": "c"}),
         (factory, f"{HERE}.factory"),
-        (nn.ReLU, "torch.nn.modules.activation.ReLU"),
+        (nn.ReLU, "torch.nn.ReLU"),
         (wb.losses.cross_entropy, "wideberth.losses.cross_entropy"),
         (Plain(3), {"class_path": f"{HERE}.Plain", "init_args": {"number": 3}}),
         (Keeper(4, 5), {"class_path": f"{HERE}.Keeper", "init_args": {"kept": 4}}),

@@ -24,6 +24,7 @@ def run(runs: list[str], out: str | None = None, evaluation: str | None = None) 
     """
     found = [Run(path) for path in runs]
     for each in found:
+        _ = each.config  # refuses a directory that is no run
         if each.evaluation is None:
             raise InputError(f"run {str(each.path)!r}: not evaluated yet; run `wideberth evaluate {each.path}` first")
     say_what_is_left_out(found)

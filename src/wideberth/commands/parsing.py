@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace, set_loader
 
 from wideberth.checks import InputError
 from wideberth.recipes import find_recipe
+from wideberth.schema import upgraded_configuration
 from wideberth.training.catalogue import MODULES
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -73,13 +74,19 @@ class Parser(ArgumentParser):
     def parse_string(self, *args: Any, **options: Any) -> Namespace:
         """Check the text of a configuration file, and parse it: the same text, whatever the file holds by then."""
         self.files += 1
+        text = args[0] if args else options.pop("content")
+        where = self._reading or "--config"
+        try:
+            held = load_yaml(text)
+        except yaml.YAMLError:
+            held = None  # the parser says what is wrong with it
+        if isinstance(held, dict):
+            new = upgraded_configuration(held, where)
+            if new != held:  # of an older version, or one that says its version
+                held, text = new, yaml.safe_dump(new, sort_keys=False)
         if self.check is not None:
-            try:
-                held = load_yaml(args[0] if args else options["content"])
-            except yaml.YAMLError:
-                held = None  # the parser says what is wrong with it
-            self.check(held, self._reading or "--config")
-        parsed: Namespace = super().parse_string(*args, **options)
+            self.check(held, where)
+        parsed: Namespace = super().parse_string(text, *args[1:], **options)
         return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

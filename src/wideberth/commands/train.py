@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 
 from wideberth.commands.parsing import Parser, own_modules, prepared, trusted
 from wideberth.runs import Run
+from wideberth.schema import upgraded_configuration
 from wideberth.training.catalogue import MODULES
 from wideberth.training.train import train
 from wideberth.trust import check_configuration
@@ -65,7 +66,7 @@ def train_from(words: Sequence[str]) -> Run:
     record = yaml.safe_load(made.dump(config, skip_none=False))
     for passing in PASSING:
         record.pop(passing, None)
-    return train(**arguments, config=record)
+    return train(**arguments, config=upgraded_configuration(record, "--config"))
 
 
 def main(words: Sequence[str]) -> None:

@@ -17,15 +17,16 @@ import pyarrow.parquet as pq
 from scipy.stats import binomtest
 from torch import nn
 
+from wideberth import schema
 from wideberth.checks import InputError, choice
 from wideberth.data import Data, Readable
 from wideberth.evaluation.evidence import AdversarialPoints
 from wideberth.evaluation.identity import record_name
 from wideberth.evaluation.recheck import Verification, recheck
 from wideberth.evaluation.state_file import StateFile
-from wideberth.runs import EVALUATIONS, SCHEMA_VERSION, Run, write_atomically, write_record
+from wideberth.runs import EVALUATIONS, Run, write_atomically, write_record
 
-STORAGE = ("schema_version", "id", "saved")
+STORAGE = (schema.KEY, "id", "saved")
 """Entries of evaluation.json that are about the file, not about the evaluation."""
 
 
@@ -132,7 +133,7 @@ class Evaluation:
         table = pa.Table.from_pandas(self.samples)
         # In both files, so that files of two evaluations are never taken for one.
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"wideberth_id": identifier.encode()})
-        about = {"schema_version": SCHEMA_VERSION, "id": identifier, "saved": datetime.now(UTC).isoformat()}
+        about = {schema.KEY: schema.VERSION, "id": identifier, "saved": datetime.now(UTC).isoformat()}
         text = json.dumps(self.summary() | about, indent=2)
         fresh = folder.with_name(f".{folder.name}.{identifier}")
         try:

@@ -52,12 +52,6 @@ ROOMS = {kind.room: kind.module for kind in KINDS} | {"schedules": "wideberth.tr
 MODULES = {kind.option: kind.module for kind in KINDS}
 """The module of each option: the command line finds classes there that are named without a path."""
 
-RENAMED_OPTIONS = {"judge": "validation_attack"}
-"""Options of version 0.1 that have another name now; its config.yaml files hold the old ones."""
-
-MOVED_MODULES = {"wideberth.training.linearity": "wideberth.training.regularizers"}
-"""Modules of version 0.1 whose classes are exported elsewhere now; its config.yaml files hold the old paths."""
-
 
 def kind_of(option: str) -> Kind:
     """The kind of an option."""

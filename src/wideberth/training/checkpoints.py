@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from wideberth import schema
 from wideberth.checks import InputError
 from wideberth.runs import reading
 
@@ -45,6 +46,7 @@ def load(file: Path) -> Saved:
     with reading(file):
         # Mapped: the optimizer's state, most of the file, is not read here.
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        schema.check_version(saved, repr(str(file)))
         epoch, state = saved["epoch"], saved["state_dict"]
         best = saved["callbacks"]["KeepLast"]["best_epoch"]
         if not isinstance(epoch, int) or not isinstance(best, int) or not isinstance(state, dict):
@@ -89,6 +91,8 @@ def newest(folder: Path, keep: Keep) -> tuple[Saved, str | None]:
 def _tried(file: Path) -> Saved | InputError:
     try:
         return load(file)
+    except schema.NewerVersion:
+        raise
     except InputError as error:
         return error
 

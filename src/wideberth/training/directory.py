@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from wideberth import checksums
+from wideberth import checksums, schema
 from wideberth.checks import InputError
 from wideberth.data import Split, read
 from wideberth.models import save_weights
@@ -154,7 +154,7 @@ class FirstEpoch(L.Callback):
 
     def write_config(self) -> None:
         """Write config.yaml."""
-        text = yaml.safe_dump(self.record, sort_keys=False)
+        text = yaml.safe_dump({schema.KEY: schema.VERSION, **self.record}, sort_keys=False)
         write_atomically(self.out / "config.yaml", lambda file: file.write_text(text))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wideberth import losses
+from wideberth import losses, schema
 from wideberth.attacks import Attack, AttackInputs, perturb_batch
 from wideberth.checks import Box, InputError
 from wideberth.modes import lent
@@ -261,6 +261,14 @@ class RobustTraining(L.LightningModule):
             return optimizer
         schedule = {"scheduler": how.scheduler(optimizer), "interval": how.scheduler_interval}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which version wrote the checkpoint."""
+        checkpoint[schema.KEY] = schema.VERSION
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of a newer version (`InputError`)."""
+        schema.check_version(checkpoint, "the checkpoint")
 
     def on_fit_start(self) -> None:
         """Refuse a precision in which the weights cannot be perturbed (`InputError`); set the train mode."""
