@@ -1,4 +1,4 @@
-"""Evaluations that are killed, and another process that goes on with them; run by test_resume.py.
+"""Evaluations that are killed, and another process that goes on with them; run by test_interrupted.py.
 
 python interrupted_script.py begin FOLDER    every case begins and is killed, each in a process of its own
 python interrupted_script.py resume FOLDER   one new process finishes them all, and saves the records
@@ -87,6 +87,7 @@ def begin(folder: Path) -> None:
         if (child := os.fork()) == 0:
             model = problem(ROWS)[0]
             if name == "SIGINT":
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
                 model = Interrupted(model, 40)
             else:
                 kill_after(SAVES.get(name, 25))
