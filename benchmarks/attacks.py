@@ -9,9 +9,9 @@ Everyone gets the same model as users have it, in eval mode with parameters that
 parameters that want none, which spares a peer the weight gradients it would compute), the same batch, labels that are
 the model's own predictions, and no left-over `.grad`. Variants take turns, round by round, so that a drifting machine
 drifts for all, and each round in another order, since each finds memory as the one before has left it. "ours" is
-`judge=False`: points and no verdict on them, like the floor, torchattacks and adv-lib; "ours, judged" is the default
-call, with one forward more, like foolbox. ART takes and returns numpy, as it does for its users, and judges clean and
-crafted points. Whether equal work was done is told by the columns of what came back: forwards (of the whole batch),
+`check_success=False`: points, and nothing known of them, like the floor, torchattacks and adv-lib; "ours, checked" is
+the default call, with one forward more, like foolbox. ART takes and returns numpy, as it does for its users, and checks
+clean and adversarial points. Columns tell whether equal work was done: forwards (of the whole batch),
 success, mean loss, and largest step from x. adv-lib returns the last point that succeeded, and x itself where none did.
 
     uv run --config-file <(echo 'extra-build-dependencies.visdom = ["setuptools<81"]') --with foolbox \\
@@ -67,10 +67,10 @@ def floor(model: nn.Module, steps: int) -> Perturb:
     return perturb
 
 
-def ours(model: nn.Module, steps: int, judge: bool = False) -> Perturb:
+def ours(model: nn.Module, steps: int, check_success: bool = False) -> Perturb:
     """This library's."""
     attack = wb.attacks.PGD(steps=steps, step_size=STEP_SIZE)
-    return lambda x, y: attack(model, x, y, eps=EPS, check_success=judge).x
+    return lambda x, y: attack(model, x, y, eps=EPS, check_success=check_success).x
 
 
 def foolbox(model: nn.Module, steps: int) -> Perturb:
@@ -162,7 +162,7 @@ def main() -> None:
     crafts: dict[str, Perturb] = {
         "floor": floor(model, options.steps),
         "ours": ours(model, options.steps),
-        "ours, judged": ours(model, options.steps, check_success=True),
+        "ours, checked": ours(model, options.steps, check_success=True),
     }
     for name, build in PEERS.items():
         try:

@@ -259,11 +259,11 @@ def main() -> None:
     cpu = platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu}")
     print("freed memory is kept" if kept else "what becomes of freed memory is left to the C library and its variables")
-    print(f"PreActResNet-18, 3x32x32, batch {BATCH}, {STEPS} steps, medians of {options.num_steps} rounds", flush=True)
+    print(f"PreActResNet-18, 3x32x32, batch {BATCH}, {STEPS} steps, medians of {options.rounds} rounds", flush=True)
     floor = Floor(model, x, y)
     taken: dict[str, list[float]] = {name: [] for name in every if options.only in name or name == "PGD-AT"}
     over: dict[str, list[float]] = {name: [] for name in taken}
-    for round_ in range(options.num_steps):
+    for round_ in range(options.rounds):
         for name in taken:
             step, passes = every[name]
             seconds, least = step(lambda passes=passes: floor.seconds(passes))  # type: ignore[misc]

@@ -35,10 +35,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-import yaml
 
 from wideberth import checksums, schema
 from wideberth.checks import InputError, one_line
+from wideberth.yaml_files import load_yaml
 
 EVALUATIONS = "evaluations"
 """The folder of a run directory that holds its evaluations."""
@@ -218,7 +218,7 @@ class Run:
         if not file.is_file():
             raise InputError(f"run {str(self.path)!r}: holds no config.yaml, so it is not a run directory")
         with reading(file):
-            return schema.upgraded_configuration(_mapping(yaml.safe_load(file.read_text())), repr(str(file)))
+            return schema.upgraded_configuration(_mapping(load_yaml(file.read_text())), repr(str(file)))
 
     @property
     def finished(self) -> bool:

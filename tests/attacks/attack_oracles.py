@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wideberth.attacks import Attack, AttackInputs
 from wideberth.attacks.restarts import jobs_of
-from wideberth.attacks.schedule import Schedule
+from wideberth.attacks.schedule import DueJobs, Schedule
 
 
 class Counting(nn.Module):
@@ -86,5 +86,6 @@ def predicted(model: nn.Module, x: Tensor) -> Tensor:
 def schedule_of(attack: Attack, model: nn.Module, inputs: AttackInputs, classes: int = 2, **options: Any) -> Schedule:
     """All jobs of an attack on these inputs, as an evaluation runs them."""
     jobs = len(jobs_of(attack, classes)) if options.get("ranked") is not None else attack.restarts
-    due = torch.zeros(len(inputs.y), dtype=torch.int64)
-    return Schedule(model, attack, inputs.rows, due, jobs=jobs, **options)
+    none_done = torch.zeros(len(inputs.y), dtype=torch.int64)
+    due = DueJobs(inputs.rows, none_done, jobs, options.pop("ranked", None))
+    return Schedule(model, attack, due, **options)

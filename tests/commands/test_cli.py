@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from wideberth import cli, memory
-from wideberth.commands.parsing import load_yaml, own_modules, prepared
+from wideberth.commands.parsing import own_modules, prepared, shortened
 from wideberth.recipes import recipe_names
 from wideberth.runs import Run
+from wideberth.yaml_files import dump_yaml, load_yaml
 
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
@@ -171,3 +172,13 @@ def test_quickstart_ends_in_a_table_and_a_report(wideberth) -> None:
     assert code == 0, err
     assert "IAAT + EMR" in out
     assert "<html" in Path("quick/report.html").read_text()
+
+
+def test_yaml_that_is_written_reads_back_as_it_was() -> None:
+    value = {"out": "2024/05", "name": "1e-3", "eps": 8 / 255, "lr": 1e-8, "word": "12.", "list": [1, "2", None, True]}
+    assert load_yaml(dump_yaml(value)) == value
+
+
+def test_a_parsers_scaffold_is_left_out_of_its_message() -> None:
+    message = "Parser key \"attack\":\n  Problem with given class_path 'a.B':\n    expected a float"
+    assert "Problem with given" not in shortened(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -233,3 +234,12 @@ def test_the_command_names_the_altered_points_and_fails(tmp_path: Path, capsys: 
     capsys.readouterr()
     assert main(["verify", str(tmp_path)]) == 2
     assert "holds no evaluation" in capsys.readouterr().err
+
+
+def test_a_record_with_its_points_can_be_pickled() -> None:
+    x, y = torch.rand(12, 5), torch.arange(12) % 2
+    found = evaluate(torch.nn.Linear(5, 2), (x, y), eps=0.3, suite="pgd", margin=False, examined=False)
+    again = pickle.loads(pickle.dumps(found))
+    assert found.adversarial is not None
+    assert len(found.adversarial) > 0
+    assert torch.equal(again.adversarial.x(), found.adversarial.x())

@@ -66,7 +66,7 @@ def test_another_process_reaches_the_verdict_of_one_left_alone(name: str, resume
 @pytest.mark.parametrize("name", CASES)
 def test_something_was_known_and_something_left(name: str, resumed: Path) -> None:
     """Without this, the test above would compare little."""
-    suffix = "radii" if name == "smallest radii" else "state"
+    suffix = "state.radii" if name == "smallest radii" else "state"
     path = resumed / "begun" / f"{name}.{suffix}"
     with safe_open(path, "pt") as file:
         fingerprint = file.metadata()["fingerprint"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wideberth import losses
 from wideberth.attacks import PGD, PMA, Attack, Square, Stage
-from wideberth.attacks.schedule import Schedule
+from wideberth.attacks.schedule import DueJobs, Schedule
 from wideberth.attacks.state import AttackInputs
 from wideberth.checks import InputError
 from wideberth.evaluation import Evaluation, evaluate
@@ -262,9 +262,7 @@ def test_success_that_the_judge_does_not_confirm_ends_no_run(parallel_restarts: 
     schedule = Schedule(
         model,
         attack,
-        inputs.rows,
-        torch.zeros(6, dtype=torch.int64),
-        jobs=2,
+        DueJobs(inputs.rows, torch.zeros(6, dtype=torch.int64), 2),
         batch_size=4,
         parallel_restarts=parallel_restarts,
     )

@@ -16,10 +16,10 @@ import wideberth as wb
 from wideberth import recipes
 from wideberth.checks import InputError
 from wideberth.cli import main
-from wideberth.commands.parsing import load_yaml
 from wideberth.commands.recipes import Listing
 from wideberth.commands.train import parser, train_from
 from wideberth.configuration import import_object
+from wideberth.yaml_files import load_yaml
 
 torch.set_num_threads(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,19 @@ def test_a_new_run_says_what_it_is_before_its_first_epoch(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", trainer={"callbacks": [Stop("on_train_batch_start", 0, KeyboardInterrupt())]})
     assert set(contents(tmp_path / "run")) == {"config.yaml"}
+
+
+class Unwatched(wb.RobustTraining):
+    """Does not look at the loss of every step, as on a GPU, where it looks at one in fifty."""
+
+    def _watch(self, loss: torch.Tensor) -> None:
+        bad = torch.where(torch.isfinite(loss.detach()), -1, 0)
+        self._first_bad_step = bad if self._first_bad_step is None else torch.maximum(self._first_bad_step, bad)
+
+
+def test_a_first_epoch_that_diverges_overwrites_nothing(judged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wideberth.training.job.RobustTraining", Unwatched)
+    before = contents(judged)
+    with pytest.raises(wb.Diverged):
+        train(judged, overwrite=True, probe=0, optimizer=partial(torch.optim.SGD, lr=1e30))
+    assert contents(judged) == before

@@ -68,20 +68,34 @@ class Jobs(Rows):
         return replace(self, sample=sample, job=job, inputs=inputs, state=state)
 
 
+@dataclass(frozen=True)
+class DueJobs:
+    """The jobs that N samples are due.
+
+    Attributes:
+        fetch: gives the inputs of samples when their jobs begin.
+        next_job: (N,) int64 on the CPU, the job that each sample is due next; a sample with none left is not attacked.
+            A `Schedule` counts it up in place.
+        per_sample: how many jobs a sample is due.
+        ranked: (N, >= targets) int64 on the CPU, classes other than the label, the likeliest first, if the attack has
+            targets.
+    """
+
+    fetch: Fetch
+    next_job: Tensor
+    per_sample: int
+    ranked: Tensor | None = None
+
+
 class Schedule:
     """The jobs of one attack on many samples.
 
     Args:
         model: queried on its own device; lent already, or a copy that nobody else uses.
         attack: what is run.
-        fetch: gives the inputs of samples when their jobs begin.
-        next_job: (N,) int64 on the CPU, the job that each of the N samples is due next; a sample with none left is not
-            attacked. Counted up in place.
-        jobs: how many jobs a sample is due.
+        due: the jobs.
         batch_size: jobs active at a time (a few more, where the parallel jobs of one sample are more); an attack
             without gradients may query about twice as many points.
-        ranked: (N, >= targets) int64 on the CPU, classes other than the label, the likeliest first, if the attack has
-            targets.
         parallel_restarts: so many jobs of a sample begin together, at one pace. They keep a batch full where few
             samples are left; samples that succeed early cost more queries.
     """
@@ -90,22 +104,19 @@ class Schedule:
         self,
         model: nn.Module,
         attack: Attack[Any],
-        fetch: Fetch,
-        next_job: Tensor,
+        due: DueJobs,
         *,
-        jobs: int,
         batch_size: int,
-        ranked: Tensor | None = None,
         parallel_restarts: int = 1,
     ) -> None:
-        self.model, self.attack, self.fetch, self.ranked = model, attack, fetch, ranked
-        self.jobs, self.batch_size, self.parallel_restarts = jobs, batch_size, parallel_restarts
-        self.next_job = next_job
-        self.end = next_job.clone()  # of the parallel jobs that a sample is at
-        self.waiting = deque((next_job < jobs).nonzero().squeeze(1).tolist())
+        self.model, self.attack, self.fetch, self.ranked = model, attack, due.fetch, due.ranked
+        self.batch_size, self.parallel_restarts = batch_size, parallel_restarts
+        self.jobs, self.next_job = due.per_sample, due.next_job
+        self.end = self.next_job.clone()  # of the parallel jobs that a sample is at
+        self.waiting = deque((self.next_job < self.jobs).nonzero().squeeze(1).tolist())
         self.active: Jobs | None = None
         self.ended: Jobs | None = None
-        self.evaluations = torch.zeros_like(next_job)  # that `confirm` has not returned yet
+        self.evaluations = torch.zeros_like(self.next_job)  # that `confirm` has not returned yet
 
     @property
     def busy(self) -> bool:

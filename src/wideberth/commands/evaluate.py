@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wideberth.attacks import SUITES
 from wideberth.checks import InputError, Norm, choice, one_line
-from wideberth.commands.parsing import call, load_yaml, print_to_terminal
+from wideberth.commands.parsing import call, print_to_terminal
 from wideberth.commands.threat import threat
 from wideberth.configuration import construct, import_object
 from wideberth.data import Data, selected_rows
@@ -26,6 +26,7 @@ from wideberth.reports import render_records
 from wideberth.reports.records import eps_text
 from wideberth.runs import Run
 from wideberth.trust import check
+from wideberth.yaml_files import load_yaml
 
 
 def subject(

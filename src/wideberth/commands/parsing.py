@@ -18,31 +18,7 @@ from wideberth.checks import InputError
 from wideberth.recipes import find_recipe
 from wideberth.schema import upgraded_configuration
 from wideberth.training.catalogue import MODULES
-
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 8/255 and 1e-3 are numbers."""
-
-
-def _fraction(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
-    text = str(loader.construct_scalar(node))
-    above, below = (float(part) for part in text.split("/"))
-    return above / below if below else text  # n/0 stays a word, which no number option accepts
-
-
-_Loader.add_constructor("!fraction", _fraction)
-_Loader.add_implicit_resolver("!fraction", re.compile(rf"^{_NUMBER}/{_NUMBER}$"), list("-+.0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(rf"^{_NUMBER}$(?<!^\d)(?<!^\d\d)"), list("-+.0123456789")
-)
-
-
-def load_yaml(text: str) -> Any:
-    """Parse YAML in which fractions are numbers."""
-    return yaml.load(text, Loader=_Loader)
-
+from wideberth.yaml_files import NUMBER, dump_yaml, load_yaml
 
 set_loader("fractions", load_yaml, exceptions=(yaml.YAMLError,))
 
@@ -83,7 +59,7 @@ class Parser(ArgumentParser):
         if isinstance(held, dict):
             new = upgraded_configuration(held, where)
             if new != held:  # of an older version, or one that says its version
-                held, text = new, yaml.safe_dump(new, sort_keys=False)
+                held, text = new, dump_yaml(new)
         if self.check is not None:
             self.check(held, where)
         parsed: Namespace = super().parse_string(text, *args[1:], **options)
@@ -111,7 +87,7 @@ class Parser(ArgumentParser):
 
 
 _SCAFFOLD = re.compile(
-    r"Does not validate|Subtypes:|Errors:|Given value|AttackInputs with given|Parser key|Expected a <class 'NoneType'>"
+    r"Does not validate|Subtypes:|Errors:|Given value|Problem with given|Parser key|Expected a <class 'NoneType'>"
 )
 
 
@@ -133,7 +109,7 @@ def shortened(message: str, limit: int = 300) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
-_FRACTION = re.compile(rf"^(--[\w.+]+=)?({_NUMBER})/({_NUMBER})$")
+_FRACTION = re.compile(rf"^(--[\w.+]+=)?({NUMBER})/({NUMBER})$")
 _CLASS = re.compile(r"^(--(\w+)\+?=)(\w+)$")
 _PATH = re.compile(r"^[^\W\d]\w*(?:[.:][^\W\d]\w*)+ *(?:\(.*)?$", re.DOTALL)
 _FILES = ("--config", "--out", "--title", "--weights", "--architecture", "--eps", "--evaluation")

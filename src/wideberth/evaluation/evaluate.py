@@ -101,9 +101,9 @@ def evaluate(
     positions, in_words = selected_rows(data, rows)
     radius = radius_of_each(eps, total, positions)
     rank, world = shards.mine()
-    mine = positions[rank::world]
-    if not len(mine):
+    if len(positions) < world:  # refused by every process, or the others would wait
         raise InputError("data: holds no samples" if not total else "data: holds fewer samples than processes")
+    mine = positions[rank::world]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     samples = read_samples(model, source, mine, radius[rank::world], protocol, device)
     with progress_bar(progress and rank == 0) as bar:
@@ -186,7 +186,7 @@ class _Evaluator:
         state = SearchState.empty(samples.prediction, len(line_up))
         file = None
         if path is not None:
-            rows = (samples.clean_hash, samples.y, samples.index, samples.eps)
+            rows = (samples.clean_hash, samples.y, samples.index, samples.eps, samples.prediction)
             file = StateFile(path, fingerprint(self.model, line_up, self.protocol, rows))
             state = file.load(self.protocol.evidence) or state
         points = None

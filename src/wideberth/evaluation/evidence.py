@@ -65,6 +65,11 @@ class RowFile:
         path.touch()
         return cls(FileIO(path, "r+"), shape, dtype)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy by content: a pickle holds the bytes of all rows."""
+        self.file.seek(self.offset)
+        return _from_bytes, (self.file.readall(), self.shape, self.dtype)
+
     def write(self, rows: Tensor, x: Tensor) -> None:
         """Store x (B, ...) as the rows (B,)."""
         data = as_bytes(x.to(self.dtype))
@@ -95,6 +100,12 @@ class RowFile:
     def flush(self) -> None:
         """Have the operating system put on disk what was written."""
         os.fsync(self.file.fileno())
+
+
+def _from_bytes(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> RowFile:
+    rows = RowFile.temporary(shape, dtype)
+    _write_all(rows.file, data)
+    return rows
 
 
 def as_bytes(x: Tensor) -> Tensor:

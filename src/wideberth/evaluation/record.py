@@ -141,7 +141,7 @@ class Evaluation:
                 self.adversarial.save(fresh / "adversarial.safetensors")
             write_record(fresh / "evaluation.parquet", lambda file: pq.write_table(table, file))
             write_record(fresh / "evaluation.json", lambda file: file.write_text(text, encoding="utf-8"))
-            _replace(folder, fresh)
+            _replace(folder, fresh, overwrite)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
         self.discard_state()
@@ -191,10 +191,19 @@ def check_free(out: str | Path, name: str, overwrite: bool = False) -> Path:
     return folder
 
 
-def _replace(folder: Path, fresh: Path) -> None:
-    """Move a folder into the place of another, which is removed; where that fails, it stays as it was."""
-    if not folder.exists():
-        fresh.rename(folder)
+def _replace(folder: Path, fresh: Path, overwrite: bool) -> None:
+    """Move a folder into place; with `overwrite` in the place of another, which stays as it was where that fails.
+
+    Raises:
+        InputError: where another process has saved an evaluation by the same protocol meanwhile.
+    """
+    if not overwrite or not folder.exists():
+        try:
+            fresh.rename(folder)  # never onto a folder that holds something
+        except OSError as error:
+            if folder.exists():
+                raise InputError(f"{str(folder)!r}: was saved meanwhile by another process; it stays") from error
+            raise
         return
     before = fresh.with_name(f"{fresh.name}.replaced")
     folder.rename(before)

@@ -22,7 +22,7 @@ from wideberth import checksums, losses
 from wideberth.acceleration import optimised_copy
 from wideberth.attacks.base import Attack
 from wideberth.attacks.restarts import jobs_of
-from wideberth.attacks.schedule import Jobs, Schedule
+from wideberth.attacks.schedule import DueJobs, Jobs, Schedule
 from wideberth.attacks.suites import Stage
 from wideberth.checks import InputError
 from wideberth.evaluation.console import Watch
@@ -175,8 +175,9 @@ class Search:
             for place, (name, stage) in enumerate(self.line_up.items()):
                 if place >= int(state.stage_under_way):
                     self._run_stage(name, stage, copies[stage.precision], state)
-                    state.stage_under_way += 1
+                    # In this order: a state that is saved in between repeats the stage, and never skips the next.
                     state.next_job.zero_()
+                    state.stage_under_way += 1
         except BaseException:
             self.save(state)
             raise
@@ -218,16 +219,11 @@ class Search:
             wanted &= state.max_probability_margin >= stage.margin_threshold
         state.next_job[~wanted] = jobs
         seed = fold(self.protocol.seed, name)
-        return Schedule(
-            copy,
-            attack,
-            lambda rows: samples.attack_inputs(rows, seed),
-            state.next_job,  # shared: what the schedule counts up is what is saved
-            jobs=jobs,
-            batch_size=self.protocol.batch_size,
-            ranked=samples.ranked_classes if attack.targets else None,
-            parallel_restarts=stage.parallel_restarts,
-        )
+        ranked = samples.ranked_classes if attack.targets else None
+        # The schedule counts `next_job` up in place, so that what it has done is saved with the state.
+        due = DueJobs(lambda rows: samples.attack_inputs(rows, seed), state.next_job, jobs, ranked)
+        options = {"batch_size": self.protocol.batch_size, "parallel_restarts": stage.parallel_restarts}
+        return Schedule(copy, attack, due, **options)
 
     def _verify(self, attack: Attack[Any], ended: Jobs, state: SearchState) -> Tensor:
         """Check the points of jobs that ended and record those that are adversarial.

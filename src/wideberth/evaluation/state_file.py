@@ -13,7 +13,7 @@ from wideberth.evaluation.search import SearchState
 
 def beyond(path: Path) -> Path:
     """Beside the state of a search within radii, the one of the search for the smallest radii."""
-    return path.with_suffix(".radii")
+    return path.with_name(f"{path.name}.radii")
 
 
 @dataclass(frozen=True)

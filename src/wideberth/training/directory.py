@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pandas as pd
-import yaml
 
 from wideberth import checksums, schema
 from wideberth.checks import InputError
@@ -21,6 +20,8 @@ from wideberth.runs import Run, reading, write_atomically, write_record
 from wideberth.training.checkpoints import FILES, Keep, Saved, check_best, load, newest, present
 from wideberth.training.module import RobustTraining
 from wideberth.training.recorder import KeepLast, history, training_radii
+from wideberth.training.stopping import OverfittingGuard
+from wideberth.yaml_files import dump_yaml
 
 # What says something about the weights of a run, and must not outlive them.
 ABOUT_THE_WEIGHTS = (
@@ -131,7 +132,7 @@ class FirstEpoch(L.Callback):
 
     def __init__(self, out: Path, record: dict[str, Any], *, resumed: bool) -> None:
         self.out, self.record, self.resumed = out, record, resumed
-        self.over = False
+        self.over = self.moved_on = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what is being trained, where there is no earlier run to keep."""
@@ -140,7 +141,12 @@ class FirstEpoch(L.Callback):
             self.write_config()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the directory over, once."""
+        """Take the directory over, once, unless this epoch will not be kept."""
+        assert isinstance(pl_module, RobustTraining)
+        pl_module.refuse_bad_steps()  # raises: the module itself would look only after this callback
+        guards = [c for c in getattr(trainer, "callbacks", []) if isinstance(c, OverfittingGuard)]
+        if any(guard.reason for guard in guards):
+            return
         if trainer.is_global_zero and not self.over:
             if not self.resumed:
                 discard(self.out, RECORDS)
@@ -148,13 +154,14 @@ class FirstEpoch(L.Callback):
         self.over = True
 
     def saved(self) -> None:
-        """A checkpoint is in place: the weights have moved on from those that the run had when it was resumed."""
-        if self.resumed:
+        """Remove, once, what is said of the weights that the run had when it was resumed: a new checkpoint is there."""
+        if self.resumed and not self.moved_on:
             discard(self.out, ABOUT_THE_WEIGHTS)
+        self.moved_on = True
 
     def write_config(self) -> None:
         """Write config.yaml."""
-        text = yaml.safe_dump({schema.KEY: schema.VERSION, **self.record}, sort_keys=False)
+        text = dump_yaml({schema.KEY: schema.VERSION, **self.record})
         write_atomically(self.out / "config.yaml", lambda file: file.write_text(text))
 
 

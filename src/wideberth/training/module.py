@@ -286,7 +286,7 @@ class RobustTraining(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Stop on a loss that was not finite, before a checkpoint is written."""
         self._synchronise()  # once more, for an epoch that was ended before its last batch (`max_steps`)
-        self._refuse_bad_steps()
+        self.refuse_bad_steps()
 
     def _synchronise(self) -> None:
         """Give every rank the sample states that the others changed in this epoch, for every policy that has some."""
@@ -309,9 +309,10 @@ class RobustTraining(L.LightningModule):
         known = bad if self._first_bad_step is None else self._first_bad_step
         self._first_bad_step = torch.where(known >= 0, known, bad)
         if loss.device.type == "cpu" or self.global_step % 50 == 49:
-            self._refuse_bad_steps()
+            self.refuse_bad_steps()
 
-    def _refuse_bad_steps(self) -> None:
+    def refuse_bad_steps(self) -> None:
+        """Raise `Diverged` where the loss of a step was not finite."""
         if self._first_bad_step is not None and int(self._first_bad_step) >= 0:
             raise Diverged(
                 f"the loss is not finite at step {int(self._first_bad_step)} (epoch {self.current_epoch}): stopped; "

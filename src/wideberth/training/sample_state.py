@@ -57,7 +57,7 @@ class SampleState(nn.Module):
         for values in self.sample_states.values():
             wide = torch.promote_types(values.dtype, torch.float32)
             learned = total(torch.where(visited, values, 0).to(wide)) / visits.clamp_min(1)
-            values.copy_(torch.where(visits > 0, learned, values.to(wide)))
+            values.copy_(torch.where(visits > 0, learned.to(values.dtype), values))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to its device, but not to half precision, which would lose the small steps of a radius."""
