@@ -166,9 +166,9 @@ def test_the_state_of_another_evaluation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         evaluate(Fragile(model, 12), (x, y), eps=EPS, suite=LINE_UP, margin=False, state=state)
     assert state.exists()
-    with pytest.raises(InputError, match="is the state of another evaluation"):
+    with pytest.raises(InputError, match="the state belongs to a different evaluation"):
         evaluate(Fragile(model, 99), (x, y), eps=2 * EPS, suite=LINE_UP, margin=False, state=state)
-    with pytest.raises(InputError, match="is the state of another evaluation"):
+    with pytest.raises(InputError, match="the state belongs to a different evaluation"):
         evaluate(Fragile(problem()[0].float(), 99), (x.float(), y), eps=EPS, suite=LINE_UP, margin=False, state=state)
     state.write_bytes(b"not a state")
     with pytest.raises(InputError, match="cannot be read as a state to resume"):
