@@ -10,9 +10,9 @@ from attack_oracles import linear, predicted, schedule_of
 from torch import Tensor, nn
 
 from wideberth import geometry, losses
-from wideberth.attacks import PGD, AttackInputs, Square, square
+from wideberth.attacks import PGD, AttackInputs, Square, square_candidates
 from wideberth.attacks import square_windows as windows
-from wideberth.attacks.square import _moved, _shortened
+from wideberth.attacks.square_candidates import move_mass, projected_l1
 from wideberth.attacks.state import AttackState, ProjectedState
 from wideberth.checks import Box, InputError, Norm
 from wideberth.randomness import Noise
@@ -177,7 +177,7 @@ def test_small_windows_filled_entry_by_entry_and_whole_masks_lead_the_same_way(m
     """Rows whose windows differ in size share a batch: half of them are 150 queries further."""
     attack, model, searches = Square(queries=400, rescaled=True, parallel_queries=1), linear(drawn(2, 432)), []
     for few in (0, 1 / 16, 1):  # none of them, those that are small, and all
-        monkeypatch.setattr(square, "_FEW", few)
+        monkeypatch.setattr(square_candidates, "_SMALL_WINDOW", few)
         given, state = begun(attack, (3, 12, 12), batch=16)
         further = torch.arange(16) % 2 * 150
         state = replace(state, queries=further[:, None], **attack._drawn(given, further))
@@ -324,7 +324,7 @@ def test_mass_of_both_windows_and_what_was_unused_goes_to_one(
     bump = torch.zeros_like(one)
     bump[0, 0, 1:4, 2:5] = windows.bump(3, 3, norm)
     sign = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)[:channels].view(1, -1, 1, 1)
-    found = _moved(delta.clone(), one, two, bump, weight * sign, torch.full((1, 1, 1, 1), radius).double(), norm)
+    found = move_mass(delta.clone(), one, two, bump, weight * sign, torch.full((1, 1, 1, 1), radius).double(), norm)
     unused = radius**p - float(delta.flatten().norm(p=p)) ** p
     in_one, in_two = (one > 0)[0, 0], ((two > 0) & (one == 0))[0, 0]
     for channel in range(channels):
@@ -344,7 +344,7 @@ def test_l1_threshold_is_that_of_the_projection() -> None:
     generator = torch.Generator().manual_seed(0)
     delta = drawn(50, 3, 6, 6) * torch.rand(50, 3, 6, 6, generator=generator) ** 8  # a few large entries, many small
     radius = torch.linspace(0.05, 1.2, 50, dtype=torch.float64) * delta.flatten(1).abs().sum(1)
-    found = _shortened(delta, radius.view(-1, 1, 1, 1))
+    found = projected_l1(delta, radius.view(-1, 1, 1, 1))
     assert (found.flatten(1).abs().sum(1) <= radius * (1 + 1e-12)).all()
     torch.testing.assert_close(found, geometry.project(delta, radius, "l1"), rtol=0, atol=2e-3)
 

@@ -294,7 +294,7 @@ class Poison(L.Callback):
 
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     data, out = tensors(), tmp_path / "run"
-    with pytest.raises(wb.Diverged, match=r"the loss is not finite at step 4 \(epoch 1\)") as refusal:
+    with pytest.raises(wb.Diverged, match=r"The loss is not finite at step 4 \(epoch 1\)") as refusal:
         fit(mlp(), data, out, epochs=3, trainer={"callbacks": [Poison(4)]})
     assert "\n" not in str(refusal.value)
     run = wb.Run(out)

@@ -32,18 +32,18 @@ Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class Diverged(InputError):
-    """The loss became NaN or infinite; the last good checkpoint is kept."""
+    """The loss became NaN or infinite; no checkpoint was written after that step, earlier ones are kept."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a training step computed.
+    """The results of one training step on a batch.
 
     Attributes:
-        terms: the objective's losses and logits.
-        weights: (B,) of the samples.
-        penalty: (), the weighted sum of the regularizers' means.
-        loss: (), the mean over the samples plus the penalty, with graph.
+        terms: the losses and logits that the objective computed.
+        weights: (B,) the weight of each sample in the mean loss.
+        penalty: (), the sum over the regularizers of weight times mean value.
+        loss: (), the weighted mean loss of the samples plus the penalty, with graph.
     """
 
     terms: LossTerms
@@ -53,14 +53,16 @@ class StepResult:
 
 
 class RobustTraining(L.LightningModule):
-    """Any combination of radius, attack, objective, weighting and regularizers, as one `LightningModule`.
+    """A `LightningModule` that trains with any combination of radius, attack, objective, weighting and regularizers.
 
     Args:
-        model: maps (B, *shape) in the box to logits (B, K).
-        samples: how many rows the data set has that the training indices point into.
-        policies: what is trained on, and what is minimised there (default: standard training).
-        optimization: how the weights are updated (default: SGD 0.1, momentum 0.9, weight decay 5e-4).
-        seed: of all randomness of the loop, also of layers that draw from the global generators, such as dropout.
+        model: maps inputs (B, *shape) in the box to logits (B, K).
+        samples: the number of rows of the data set. The indices in the batches are below it.
+        policies: the training points and the loss (default: standard training).
+        optimization: the optimizer and the learning-rate schedule (default: SGD with learning rate 0.1, momentum 0.9
+            and weight decay 5e-4).
+        seed: the seed of all randomness of the loop, including layers that draw from the global generators, such as
+            dropout.
 
     Raises:
         InputError: for policies that do not fit the model.
@@ -84,47 +86,53 @@ class RobustTraining(L.LightningModule):
         self.validation_attack = chosen.validation_attack or default_validation_attack(chosen.attack)
         self.optimization = Optimization() if optimization is None else optimization
         check_perturbation(self.perturbation, model)
+        # The rows of the data set that are trained on; a training job excludes the rows that are held out.
         self.rows = torch.arange(samples)
+        # The samples that this rank has trained on since the ranks last exchanged their sample states.
         self.register_buffer("visited", torch.zeros(samples, dtype=torch.bool), persistent=False)
         self.visited: Tensor
-        own = ["visited"]
+        not_broadcast = ["visited"]
         for name, policy in self.named_modules():
             if isinstance(policy, SampleState):
                 policy.allocate(samples)
-                own += [f"{name}.{state}" for state in policy.sample_states]
-        # DDP would replace these by rank 0's before every forward; `_synchronise` combines them after an epoch.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, own)  # type: ignore[no-untyped-call]
+                not_broadcast += [f"{name}.{state}" for state in policy.sample_states]
+        # DDP would overwrite these buffers with those of rank 0 before every forward. `_synchronise` combines them
+        # after each epoch instead.
+        ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(self, not_broadcast)
         self._first_bad_step: Tensor | None = None
 
     @property
     def box(self) -> Box:
-        """The box that inputs and adversarial points lie in: the attack's."""
+        """The box (low, high) of the attack; it contains all inputs and adversarial points."""
         return self.attack.box
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K)."""
+        """Return the logits (B, K) of inputs (B, ...)."""
         logits: Tensor = self.model(x)
         return logits
 
-    # ---- the loop -------------------------------------------------------------------------------------------------
+    # ---- training steps -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute radii, attack, losses, weights and penalties of a batch; returns the loss, ()."""
+        """Compute radii, adversarial points, losses, weights and penalties of a batch; return the loss, ()."""
         with self.own_generators("step", batch_idx, batch[0].device):
             context = self.context(batch, batch_idx)
             eps = self.radius.propose(context)
             points = self.perturb(context, eps)
-            with self.perturbed_weights(context, points) as terms_before:
+            with self.perturbed_weights(context, points) as unperturbed_terms:
                 result = self.compute(context, points)
-                if terms_before is not None:  # the gradient is taken here, before the weights are put back
-                    result = replace(result, loss=self.take_gradient(result.loss), terms=terms_before)
+                if unperturbed_terms is not None:
+                    # The gradient must be computed at the perturbed weights, before they are restored. Radii and logs
+                    # use the losses and logits of the weights before the perturbation.
+                    result = replace(result, loss=self.take_gradient(result.loss), terms=unperturbed_terms)
             self.observe(context, result.terms)
         self._watch(result.loss)
         self._log(context, points, result)
-        return self.share_of_rows(context) * result.loss if self.trainer.world_size > 1 else result.loss
+        return self.row_weight(context) * result.loss if self.trainer.world_size > 1 else result.loss
 
     def context(self, batch: Batch, batch_idx: int) -> BatchContext:
-        """The batch as the policies see it, with its augmentation and random streams."""
+        """Augment a batch, and return the `BatchContext` that the policies receive."""
         x, y, index = batch
         epoch = self.current_epoch
         if self.augment is not None:
@@ -144,25 +152,33 @@ class RobustTraining(L.LightningModule):
         )
 
     def perturb(self, context: BatchContext, eps: Tensor) -> TrainingPoints:
-        """The points to train on: the clean inputs where the objective or the radius policy needs no attack."""
+        """Attack the batch within `eps` (B,), and return the points to train on.
+
+        They are the clean inputs if the objective uses no adversarial points or the radius policy is `Zero`.
+        """
         if not self.objective.adversarial or isinstance(self.radius, Zero):
             return TrainingPoints(context.x)
         return self.radius.adjust(context, context.attack(eps))
 
     def compute(self, context: BatchContext, points: TrainingPoints) -> StepResult:
-        """The penalties, losses and weights of the batch, and the loss that they add up to."""
-        penalty = self.penalty(context, points)  # first: its graph is freed before the objective builds its own
+        """Compute penalty, losses and weights of the batch, and the total loss."""
+        penalty = self.penalty(context, points)  # first, so that its graph is freed before the objective builds its own
         terms, weights, loss = self.weighted_loss(context, points)
         return StepResult(terms, weights, penalty, loss + penalty)
 
     def weighted_loss(self, context: BatchContext, points: TrainingPoints) -> tuple[LossTerms, Tensor, Tensor]:
-        """The objective's terms, the samples' weights (B,), and the mean of their product, ()."""
+        """Compute the loss of the batch without penalties.
+
+        Returns:
+            The objective's terms, the weights of the samples (B,), and the mean over the samples of the weighted loss
+            (plus the term that no weighting changes, if the objective has one), ().
+        """
         terms = self.objective.compute(context, points)
         weights = self.weighting.compute(context, points, terms)
         return terms, weights, terms.total(weights).mean()
 
     def penalty(self, context: BatchContext, points: TrainingPoints) -> Tensor:
-        """The weighted sum of the regularizers' means, ()."""
+        """Return the sum over the regularizers of weight times mean value, ()."""
         total = torch.zeros((), device=context.x.device)
         for position, regularizer in enumerate(self.regularizers):
             weight = regularizer.weight_at(context.progress)
@@ -174,9 +190,11 @@ class RobustTraining(L.LightningModule):
 
     @contextmanager
     def perturbed_weights(self, context: BatchContext, points: TrainingPoints) -> Iterator[LossTerms | None]:
-        """Move the weights as the perturbation says; gives the terms (without graph) of the weights before the move.
+        """Perturb the weights of the model inside the `with` block, and restore them after it.
 
-        Gives None where the weights are not moved.
+        Yields:
+            The objective's terms at the weights before the perturbation, without graph; None if the weights are not
+            perturbed, because there is no perturbation or it has not begun yet.
         """
         if self.perturbation is None or context.epoch < self.perturbation.warmup:
             yield None
@@ -184,33 +202,42 @@ class RobustTraining(L.LightningModule):
         with without_trace(self, context.x.device):
             terms, _, loss = self.weighted_loss(context, points)
             ascent = self.perturbation.ascent(context.model, loss)
-        if self.trainer.world_size > 1:  # the gradient of the whole batch, as in one process
-            share = self.share_of_rows(context)
-            ascent = [self.trainer.strategy.reduce(share * gradient, reduce_op="mean") for gradient in ascent]
-        before = terms.detached()
-        del terms, loss  # and the graph with them
+        if self.trainer.world_size > 1:
+            # All ranks must perturb the weights alike: along the gradient of the whole batch, as one process would.
+            weight = self.row_weight(context)
+            ascent = [self.trainer.strategy.reduce(weight * gradient, reduce_op="mean") for gradient in ascent]
+        unperturbed_terms = terms.detached()
+        del terms, loss  # frees their graph
         with self.perturbation.moved(context.model, ascent):
-            yield before
+            yield unperturbed_terms
 
     def observe(self, context: BatchContext, terms: LossTerms) -> None:
-        """Let the radius policy learn from the logits at the adversarial points."""
+        """Pass the logits at the adversarial points to the radius policy, and mark the samples as visited.
+
+        Raises:
+            InputError: if the radius policy needs these logits and the objective did not compute them.
+        """
         if self.radius.needs_adversary and terms.adversarial_logits is None:
             name = type(self.objective).__name__
-            raise InputError(f"objective={name}: gave no adversarial logits, from which the radii are to be learned")
+            raise InputError(f"objective={name}: it returned no adversarial logits, which the radius policy needs")
         if terms.adversarial_logits is not None:
             self.radius.observe(context, terms.adversarial_logits)
         self.visited[context.index] = True
 
     def take_gradient(self, loss: Tensor) -> Tensor:
-        """The loss, (), with its gradient in all trained parameters computed now."""
+        """Compute the gradient of `loss`, (), in all trained parameters now, and free its graph.
+
+        Returns:
+            A tensor, (), with the value of `loss`. Its backward adds the gradient that was computed here.
+        """
         with torch.autocast(loss.device.type, enabled=False):
             return with_gradient_taken(loss, self.parameters())
 
-    def share_of_rows(self, context: BatchContext) -> Tensor:
-        """This rank's number of rows over the mean number of all ranks, ().
+    def row_weight(self, context: BatchContext) -> Tensor:
+        """Return the number of rows on this rank divided by the mean number of rows per rank, ().
 
-        DDP takes the plain mean of the ranks' gradients; with this factor it is the mean over all rows of the batch,
-        also where a batch does not divide evenly.
+        DDP averages the gradients of the ranks with equal weights. With this factor the result is the mean over all
+        rows of the batch, even if the ranks have different numbers of rows.
         """
         rows = torch.tensor(float(len(context.y)), device=context.x.device)
         return rows * self.trainer.world_size / self._total(rows)
@@ -223,19 +250,19 @@ class RobustTraining(L.LightningModule):
         seed = fold(self.seed, purpose, self.current_epoch, batch_idx, self.trainer.global_rank)
         return own_generators(seed, device)
 
-    # ---- around it ------------------------------------------------------------------------------------------------
+    # ---- validation, checkpoints, ranks and logs --------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log clean accuracy, and accuracy under the validation attack at the policy's `eval_eps`."""
+        """Log the clean accuracy, and the accuracy under the validation attack at the policy's `eval_eps`."""
         x, y, index = batch
-        # Lightning validates in inference mode, where no input gradient can be taken.
+        # Lightning validates in inference mode, in which input gradients cannot be computed.
         generators = self.own_generators("validation step", batch_idx, x.device)
         with torch.inference_mode(False), lent(self.model), generators:
             x, y = x.clone(), y.clone()
             with torch.no_grad():
                 clean = ~losses.misclassified(self.model(x), y)
             robust = None
-            if self.radius.eval_eps():  # without a radius no accuracy is called robust
+            if self.radius.eval_eps():  # at radius 0, robust accuracy is not logged
                 noise = Noise(index.clone(), fold(self.seed, "validation"))
                 robust = self.robust_to(self.validation_attack, x, y, noise)
         values = {"validation_clean": clean.float().mean()}
@@ -244,17 +271,19 @@ class RobustTraining(L.LightningModule):
         self.log_dict(values, prog_bar=True, **_epoch_mean(len(y)))
 
     def robust_to(self, attack: Attack, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        """Whether `attack` fails on each sample at the policy's `eval_eps`, (B,) bool; its points are verified."""
+        """Attack each sample at the policy's `eval_eps`; return on which samples the attack fails, (B,) bool."""
         eps = torch.full((len(y),), self.radius.eval_eps(), device=x.device)
         with lent(self.model):
             found = perturb_batch(attack, self.model, AttackInputs(x, y, eps, noise), check_success=False).x
         if attack.norm_bounded:
+            # A point counts only if it is in the ball, in the box and misclassified.
             return ~verify(self.model, x, y, found, eps, attack.norm, attack.box)
+        # The attack has no norm ball to check: a point counts if it is misclassified.
         with verification_mode(self.model, x):
             return ~losses.misclassified(self.model(found), y)
 
     def configure_optimizers(self) -> Any:
-        """Make optimizer and schedule; parameters that an objective trains beside the model are included."""
+        """Create the optimizer and the schedule, for the parameters of the model and of the objective."""
         how = self.optimization
         optimizer = how.optimizer(self.parameters())
         if how.scheduler is None:
@@ -263,33 +292,38 @@ class RobustTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which version wrote the checkpoint."""
+        """Write the schema version into the checkpoint."""
         checkpoint[schema.KEY] = schema.VERSION
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of a newer version (`InputError`)."""
+        """Raise `InputError` if a newer version wrote the checkpoint."""
         schema.check_version(checkpoint, "the checkpoint")
 
     def on_fit_start(self) -> None:
-        """Refuse a precision in which the weights cannot be perturbed (`InputError`); set the train mode."""
+        """Set model and objective to train mode, unless some of their modules are in train mode already.
+
+        Raises:
+            InputError: if the weights cannot be perturbed in the trainer's precision.
+        """
         check_perturbation(self.perturbation, self.model, self.trainer.precision)
         for part in (self.model, self.objective):
-            # `load_model` gives models in eval mode. If any module is in train mode, the others are frozen on purpose.
+            # `load_model` returns models in eval mode. If some module is in train mode, the caller has chosen eval mode
+            # for the others on purpose.
             if isinstance(part, nn.Module) and not any(module.training for module in part.modules()):
                 part.train()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After an epoch's last batch, combine what the ranks learned about the samples."""
+        """Exchange the sample states between the ranks after the last batch of an epoch."""
         if self.trainer.is_last_batch:
             self._synchronise()
 
     def on_train_epoch_end(self) -> None:
-        """Stop on a loss that was not finite, before a checkpoint is written."""
-        self._synchronise()  # once more, for an epoch that was ended before its last batch (`max_steps`)
+        """Raise `Diverged` if a loss of the epoch was not finite, before a checkpoint is written."""
+        self._synchronise()  # again, because `max_steps` may end an epoch before its last batch
         self.refuse_bad_steps()
 
     def _synchronise(self) -> None:
-        """Give every rank the sample states that the others changed in this epoch, for every policy that has some."""
+        """Copy the sample states that each rank has changed to all ranks, and reset `visited`."""
         if self.trainer.world_size > 1:
             for policy in self.modules():
                 if isinstance(policy, SampleState):
@@ -297,13 +331,16 @@ class RobustTraining(L.LightningModule):
         self.visited.zero_()
 
     def _total(self, value: Tensor) -> Tensor:
-        """The sum over the ranks; `value` is not changed."""
+        """Return the sum of `value` over the ranks; `value` is not changed."""
         total = self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
         assert isinstance(total, Tensor)
         return total
 
     def _watch(self, loss: Tensor) -> None:
-        """Remember, on the device, the first step whose loss was not finite; read it on the host now and then."""
+        """Remember the first step whose loss was not finite, and raise `Diverged` if there is one.
+
+        The step is kept on the device. On a GPU it is read only every 50 steps, since that is a host synchronisation.
+        """
         step = torch.full((), self.global_step, device=loss.device)
         bad = torch.where(torch.isfinite(loss.detach()), -1, step)
         known = bad if self._first_bad_step is None else self._first_bad_step
@@ -312,18 +349,19 @@ class RobustTraining(L.LightningModule):
             self.refuse_bad_steps()
 
     def refuse_bad_steps(self) -> None:
-        """Raise `Diverged` where the loss of a step was not finite."""
+        """Raise `Diverged` if the loss of a step was not finite."""
         if self._first_bad_step is not None and int(self._first_bad_step) >= 0:
             raise Diverged(
-                f"the loss is not finite at step {int(self._first_bad_step)} (epoch {self.current_epoch}): stopped; "
-                "the last good checkpoint is kept. Try a smaller learning rate or gradient_clip_val"
+                f"The loss is not finite at step {int(self._first_bad_step)} (epoch {self.current_epoch}). Training "
+                "stopped; no checkpoint was written after this step. Try a smaller learning rate or gradient_clip_val"
             )
 
     def _log(self, context: BatchContext, points: TrainingPoints, result: StepResult) -> None:
+        """Log loss, penalty, mean weight and training accuracies of a batch."""
         values = {"loss": result.loss.detach(), "penalty": result.penalty.detach()}
         if not isinstance(self.weighting, Uniform):
             values["weight_mean"] = result.weights.detach().float().mean()
-        # Without an attack, the logits at the points of training are those at the clean inputs.
+        # Without an attack, the training points are the clean inputs, and so their accuracy is the clean accuracy.
         adversarial = "accuracy_clean" if points.found is None else "accuracy_adversarial"
         terms = result.terms
         for name, logits in ((adversarial, terms.adversarial_logits), ("accuracy_clean", terms.clean_logits)):
@@ -334,6 +372,6 @@ class RobustTraining(L.LightningModule):
 
 
 def _epoch_mean(rows: int) -> dict[str, Any]:
-    """Options of `log_dict` for a mean over all rows of an epoch and all ranks."""
-    # A float: Lightning rounds the mean of the ranks' numbers of rows down to an integer.
+    """Return the options of `log_dict` that log the mean over all rows of an epoch on all ranks."""
+    # `batch_size` is a float, because Lightning averages it over the ranks and would round an integer mean down.
     return {"on_step": False, "on_epoch": True, "batch_size": float(rows), "sync_dist": True}
