@@ -1,4 +1,4 @@
-"""Running an attack for a fixed number of steps: what training and a call do. (An evaluation uses `schedule`.)
+"""Running an attack for a fixed number of steps: what training and a call do; an evaluation uses `schedule`.
 
 With one restart, no target to choose and `check_success=False` there is no host synchronisation and no data-dependent
 shape.

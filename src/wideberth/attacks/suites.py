@@ -58,7 +58,6 @@ def pgd(norm: Norm, box: Box, classes: int, steps: int = 20, restarts: int = 2) 
     The margin comes first: it breaks nearly all that the cross-entropy breaks (and, unlike it, does not care how the
     logits are scaled), so that the second attack finds few rows left. `keep="worst"` judges every iterate.
     """
-
     del classes  # the same for any number
 
     def attack(loss: losses.Loss) -> PGD:

@@ -42,10 +42,12 @@ class CosineHead(nn.Linear):
         self.scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
+        """Scaled cosines (B, K) of features (B, D)."""
         # Features that are all zero have the gradient of a length of 1e-6; torch's 1e-12 is zero in float16.
         return self.scale * linear(normalize(input, dim=-1, eps=1e-6), normalize(self.weight, dim=-1, eps=1e-6))
 
     def extra_repr(self) -> str:
+        """The arguments, for `repr`."""
         return f"{super().extra_repr()}, scale={self.scale}"
 
 
@@ -100,6 +102,7 @@ class MahalanobisHead(nn.Module):
         return logits.clamp_max(0)
 
     def extra_repr(self) -> str:
+        """The arguments, for `repr`."""
         classes, features = self.centers.shape
         return f"features={features}, classes={classes}, radius={self.radius}, scale={self.scale}"
 

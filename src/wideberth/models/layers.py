@@ -54,6 +54,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.get_default_dtype()))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The inputs (B, C, ...) less the mean, over the deviation."""
         channels = len(self.mean)
         # Broadcasting would quietly turn a grey image into three channels. Tracing comes with what has no shape yet.
         if isinstance(x, Tensor) and channels not in (1, x.shape[1]):
@@ -62,6 +63,7 @@ class Normalize(nn.Module):
         return (x - self.mean.to(x.dtype).view(per_channel)) / self.std.to(x.dtype).view(per_channel)
 
     def extra_repr(self) -> str:
+        """The arguments, for `repr`."""
         return f"mean={tuple(self.mean.tolist())}, std={tuple(self.std.tolist())}"
 
 
@@ -90,6 +92,7 @@ class SmoothReLU(nn.Module):
         self.root = nn.Parameter(torch.tensor([root]))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The activation of each entry."""
         b = self.root.square()
         return (x - torch.log1p(b * x.abs()) / b).relu().to(x.dtype)
 

@@ -30,6 +30,7 @@ class LibraryModel(Described, nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of inputs (B, C, H, W) in [0, 1]."""
         logits: Tensor = self.net(self.normalize(x))
         return logits
 

@@ -62,6 +62,7 @@ class MadryMNIST(Described, nn.Module):
         self.head = last_layer(head, hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of inputs (B, C, H, W)."""
         features: Tensor = self.stages(self.normalize(x))
         logits: Tensor = self.head(self.hidden(features.flatten(1)))
         return logits
@@ -139,6 +140,7 @@ class SmallCNN(Described, nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of inputs (B, C, H, W)."""
         features: Tensor = self.stages(self.normalize(x))
         logits: Tensor = self.head(self.hidden(features.flatten(1)))
         return logits
@@ -203,6 +205,7 @@ class IAATWideResNet(Described, nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of inputs (B, C, H, W)."""
         maps: Tensor = self.last(self.blocks(self.stem(self.normalize(x))))
         return maps.mean(dim=(2, 3))
 

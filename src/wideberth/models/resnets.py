@@ -27,6 +27,7 @@ class PoolShortcut(nn.Module):
         self.padding = (outputs - inputs) // 2
 
     def forward(self, x: Tensor) -> Tensor:
+        """The inputs (B, C, H, W), pooled and with further channels of zeros."""
         return pad(self.pool(x), (0, 0, 0, 0, self.padding, self.padding))
 
 
@@ -52,6 +53,7 @@ class PreActBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """The block's output (B, C', H', W') for inputs (B, C, H, W)."""
         activated = self.activation1(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(activated)
         out: Tensor = shortcut + self.conv2(self.activation2(self.norm2(self.conv1(activated))))

@@ -53,6 +53,7 @@ class MLP(Described, nn.Module):
         self.head = last_layer(head, widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of inputs (B, ...)."""
         logits: Tensor = self.head(self.hidden(x.flatten(1)))
         return logits
 
@@ -109,6 +110,7 @@ class ConvNet(Described, nn.Module):
         self.head = last_layer(head, channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of inputs (B, C, H, W)."""
         features: Tensor = self.stages(self.normalize(x))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits
