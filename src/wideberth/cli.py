@@ -11,7 +11,7 @@ from importlib import import_module
 COMMANDS = {
     "quickstart": "the papers' comparison in miniature on built-in data, ending in report.html",
     "train": "train a model by a recipe or by options, and leave a run directory",
-    "evaluate": "clean accuracy and accuracy under attack of a model, each broken sample verified",
+    "evaluate": "clean accuracy and accuracy under attack of a model, each adversarial point verified",
     "verify": "check every adversarial point of an evaluation again, in seconds",
     "margins": "effective margins of a model, sample by sample",
     "compare": "one table and one trade-off plot of several runs",
