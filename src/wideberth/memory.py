@@ -26,8 +26,8 @@ def keep() -> bool:
     """Have glibc keep freed memory for the rest of the process; returns whether it took the order.
 
     The command line calls this. A library has no business to: call it yourself, early, in a script of your own that
-    trains or attacks on a CPU. The process then stays about as large as it ever was until it ends, and may become larger
-    than it would have: small blocks that live on keep gaps below them.
+    trains or attacks on a CPU. The process then stays about as large as it ever was until it ends, and may become
+    larger than it would have: small blocks that live on keep gaps below them.
 
     Nothing is said where the user has told glibc what to do, by `MALLOC_TOP_PAD_` and its like or by `GLIBC_TUNABLES`.
     Under another allocator that was loaded in glibc's place, it changes nothing.
