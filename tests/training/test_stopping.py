@@ -82,9 +82,9 @@ def test_points_of_the_validation_attack_are_verified(tmp_path: Path, attack: An
 
 def test_a_validation_attack_of_ones_own(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", validation_attack=wb.attacks.FGSM(), epochs=1, scheduler=None)
-    assert run.config["validation_attack"]["class_path"] == "wideberth.attacks.fgsm.FGSM"
+    assert run.config["validation_attack"]["class_path"] == "wideberth.attacks.FGSM"
     default = run_of(tmp_path / "default", epochs=1, scheduler=None).config["validation_attack"]
-    assert default["class_path"] == "wideberth.attacks.pgd.PGD"
+    assert default["class_path"] == "wideberth.attacks.PGD"
     assert (default["init_args"]["steps"], default["init_args"]["loss"]) == (10, "wideberth.losses.margin_loss")
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from training_tools import adam, fit, mlp, seeded, tensors
 
 import wideberth as wb
+from wideberth import schema
 from wideberth.training.radii import Fixed, InstanceAdaptive, ShortestSuccessful
 from wideberth.training.regularizers import EffectiveMargin
 from wideberth.training.schedules import Steps
@@ -210,7 +211,7 @@ def test_a_run_says_what_its_model_is(tmp_path: Path, name: str) -> None:
     for checkpoint in ("last.ckpt", "best.ckpt"):
         assert torch.equal(wb.load_model(str(run.path / "checkpoints" / checkpoint))(x), model(x))
     assert run.config["data"] == {
-        "class_path": "wideberth.data.sources.Digits",
+        "class_path": "wideberth.data.Digits",
         "init_args": {"train_rows": 40, "test_rows": 9, "validation": 8, "validation_seed": 0},
     }
 
@@ -233,7 +234,7 @@ def test_config_names_every_argument(tmp_path: Path) -> None:
     config = run.config
     training = "wideberth.training"
     attack = config.pop("attack")
-    assert attack["class_path"] == "wideberth.attacks.pgd.PGD"
+    assert attack["class_path"] == "wideberth.attacks.PGD"
     assert attack["init_args"] == {
         "norm": "l2",
         "box": [0.0, 1.0],
@@ -511,7 +512,7 @@ def test_a_full_disk_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_what_was_trained_says_so_in_yaml(finished: tuple[wb.Run, nn.Module, wb.data.Data]) -> None:
     text = (finished[0].path / "config.yaml").read_text()
     assert "!!python" not in text
-    assert yaml.safe_load(text) == finished[0].config
+    assert yaml.safe_load(text) == {"schema_version": schema.VERSION} | finished[0].config
 
 
 def test_a_recorded_run_can_be_repeated_from_its_configuration(tmp_path: Path) -> None:
